@@ -1,0 +1,1 @@
+"""Commands of the `raybooth` program; each module has `register(subparsers)`."""

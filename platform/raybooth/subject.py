@@ -1,0 +1,196 @@
+"""Subjects and fleets as frozen data: who, which photos, which words, how they are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from raybooth.config import (
+    FleetConfig,
+    SubjectConfig,
+    TrainConfig,
+    find_config,
+    load_yaml,
+    merge,
+    parse_config,
+    problems_of,
+)
+from raybooth.errors import InputError, InputProblems, SubjectError
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SIDECAR_SUFFIXES = (".txt", ".md", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who or what is learned (Ruiz et al. 2023, DreamBooth): words, photos, way of training."""
+
+    subject_id: str
+    class_noun: str
+    identifier: str
+    images: tuple[Path, ...]
+    """The instance images, in sorted order."""
+    train: TrainConfig
+    """Resolved: overrides, prompts and seed of the subject are in it."""
+
+    @property
+    def seed(self) -> int:
+        return self.train.seed
+
+    @property
+    def instance_prompt(self) -> str:
+        return self._fill(self.train.instance_prompt)
+
+    @property
+    def class_prompt(self) -> str:
+        return self._fill(self.train.class_prompt)
+
+    @property
+    def sample_prompts(self) -> tuple[str, ...]:
+        return tuple(self._fill(prompt) for prompt in self.train.samples.prompts)
+
+    def _fill(self, template: str) -> str:
+        return template.format(identifier=self.identifier, class_noun=self.class_noun)
+
+    def digest(self, base_fingerprint: str) -> str:
+        """sha256 of all that decides the result: photos, words, config, base; names a job.
+
+        How the work is spread (packs, resources, checkpoint rhythm) is not part of it.
+        """
+        config = self.train.model_dump(mode="json", exclude={"pack", "resources", "checkpoint"})
+        parts = {
+            "base": base_fingerprint,
+            "subject": self.subject_id,
+            "class_noun": self.class_noun,
+            "identifier": self.identifier,
+            "photos": [photo_digest(path) for path in self.images],
+            "train": config,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Subjects that are trained on one base."""
+
+    source: Path
+    base: str
+    revision: str | None
+    subjects: tuple[Subject, ...]
+
+
+def load_fleet(path: Path) -> Fleet:
+    """The fleet file at `path`, every subject resolved.
+
+    Raises InputProblems that lists everything wrong with the file at once; the photos'
+    contents are checked by `raybooth.data.images.check_photos`, not here.
+    """
+    source = str(path)
+    values = load_yaml(path)
+    config = parse_config(FleetConfig, values, source)
+    problems: list[InputError] = []
+    counts = Counter(subject.id for subject in config.subjects)
+    for subject_id, count in counts.items():
+        if count > 1:
+            do = "give each subject an id of its own"
+            problems.append(
+                SubjectError(f"subject id {subject_id!r} is not unique", f"{count}", do)
+            )
+    try:
+        train = _train_values(config.train, path)
+    except InputProblems as error:
+        raise InputProblems(source, [*problems, *error.problems]) from error
+    except InputError as error:
+        raise InputProblems(source, [*problems, error]) from error
+    folder = path.absolute().parent
+    subjects = []
+    for subject in config.subjects:
+        resolved = _resolve(subject, config, train, folder, problems)
+        if resolved is not None:
+            subjects.append(resolved)
+    if problems:
+        raise InputProblems(source, problems)
+    base = config.base
+    if (folder / base).is_dir() and base != "pocket":
+        base = str(folder / base)
+    return Fleet(path.absolute(), base, config.revision, tuple(subjects))
+
+
+def photo_digest(path: Path) -> str:
+    """sha256 of the file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _train_values(train: str | dict[str, Any], fleet: Path) -> dict[str, Any]:
+    if isinstance(train, str):
+        file = find_config("train", train, fleet.absolute().parent)
+        values = load_yaml(file) or {}
+        return parse_config(TrainConfig, values, str(file)).model_dump(exclude_unset=True)
+    return parse_config(TrainConfig, train, "train").model_dump(exclude_unset=True)
+
+
+def _resolve(
+    subject: SubjectConfig,
+    fleet: FleetConfig,
+    train: dict[str, Any],
+    folder: Path,
+    problems: list[InputError],
+) -> Subject | None:
+    before = len(problems)
+    defaults = fleet.defaults
+    class_noun = subject.class_noun or defaults.class_noun
+    if class_noun is None:
+        do = "add class_noun, a coarse word such as dog"
+        problems.append(SubjectError(f"subject {subject.id!r} has no class_noun", "", do))
+    images = _photos(subject, folder, problems)
+    values = merge(merge(train, defaults.overrides), subject.overrides)
+    for prompts in (defaults.prompts, subject.prompts):
+        if prompts.instance is not None:
+            values = merge(values, {"instance_prompt": prompts.instance})
+        if prompts.prior is not None:
+            values = merge(values, {"class_prompt": prompts.prior})
+        if prompts.samples is not None:
+            values = merge(values, {"samples": {"prompts": prompts.samples}})
+    seed = subject.seed if subject.seed is not None else defaults.seed
+    if seed is not None:
+        values = merge(values, {"seed": seed})
+    config: TrainConfig | None = None
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        problems.extend(problems_of(error, f"subject {subject.id!r}: "))
+    if len(problems) > before or class_noun is None or config is None:
+        return None
+    identifier = subject.identifier or defaults.identifier
+    return Subject(subject.id, class_noun, identifier, images, config)
+
+
+def _photos(subject: SubjectConfig, folder: Path, problems: list[InputError]) -> tuple[Path, ...]:
+    listed = [subject.images] if isinstance(subject.images, str) else list(subject.images)
+    found: list[Path] = []
+    for name in listed:
+        path = folder / name
+        if path.is_dir() and isinstance(subject.images, str):
+            found.extend(entry for entry in path.iterdir() if _is_photo(entry))
+        elif path.is_file():
+            found.append(path)
+        else:
+            do = "paths are relative to the fleet file"
+            what = f"subject {subject.id!r}: no photo or folder {name}"
+            problems.append(SubjectError(what, str(path), do))
+    for path in found:
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
+            what = f"subject {subject.id!r}: {path.name} is not a photo format that is read"
+            problems.append(SubjectError(what, path.suffix or "no suffix", "use JPEG, PNG or WebP"))
+    return tuple(sorted(found))
+
+
+def _is_photo(entry: Path) -> bool:
+    hidden = entry.name.startswith(".")
+    return entry.is_file() and not hidden and entry.suffix.lower() not in SIDECAR_SUFFIXES

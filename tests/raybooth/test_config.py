@@ -1,0 +1,46 @@
+"""Configs are frozen, complete, and refuse what has no effect."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from raybooth.config import FleetConfig, TrainConfig, merge, parse_config
+from raybooth.errors import InputProblems
+
+
+def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
+    config = TrainConfig()
+    with pytest.raises(ValidationError):
+        config.resolution = 64  # type: ignore[misc]
+    with pytest.raises(InputProblems, match="learning_rate is not a known key"):
+        parse_config(TrainConfig, {"learning_rate": 1e-4}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"crops_per_image": 2}, "no effect"),
+        ({"optimizer": {"warmup_steps": 800}}, "warm up for fewer"),
+        ({"prior": {"num_images": 0}}, "loss_weight"),
+        ({"prior": {"loss_weight": 0}}, "num_images"),
+        ({"instance_prompt": "a {colour} dog"}, "identifier"),
+        ({"resolution": 100}, "multiple of 8"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
+        ({"num_train_steps": "many"}, "num_train_steps"),
+    ],
+)
+def test_each_impossible_value_is_named(values: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputProblems, match=expected):
+        parse_config(TrainConfig, values, "x.yaml")
+
+
+def test_merging_replaces_leaves_only() -> None:
+    below = {"a": {"b": 1, "c": 2}, "d": [1, 2]}
+    assert merge(below, {"a": {"c": 3}, "d": [9]}) == {"a": {"b": 1, "c": 3}, "d": [9]}
+    assert below == {"a": {"b": 1, "c": 2}, "d": [1, 2]}
+
+
+def test_a_fleet_needs_subjects() -> None:
+    with pytest.raises(InputProblems, match="subjects is missing"):
+        parse_config(FleetConfig, {}, "fleet.yaml")
