@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint format bench clean
 
 demo: $(READY)
-	$(BIN)/python tests/end_to_end/demo.py
+	$(BIN)/python -m tests.end_to_end.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
