@@ -1,0 +1,1 @@
+"""Training: the DreamBooth objective, the per-slot optimiser, packs, checkpoints."""

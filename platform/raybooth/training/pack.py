@@ -1,0 +1,404 @@
+"""Subjects trained together: one forward and one backward for all slots of one frozen base.
+
+Shapes: B rows of a train step (all active slots, grouped by slot), S bank rows (0 is the null
+adapter), P parameters of a bank row, N parameters of a slot in its own layout, C H W latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raybooth.config import TrainConfig
+from raybooth.data.batch import SlotBatch, make_slot_batch, stream
+from raybooth.data.encode import SubjectTensors
+from raybooth.errors import CheckpointError, ConfigError
+from raybooth.model.bank import Bank
+from raybooth.model.base import Base, predict
+from raybooth.model.lora import AdapterTensors, find_sites
+from raybooth.training import objective
+from raybooth.training.checkpoint import SlotState, snapshot
+from raybooth.training.optim import BLOCK_SIZE, SlotAdamW, SlotUpdate, clip_coefficient, lr_at
+
+Status = Literal["running", "finished", "failed", "cancelled"]
+
+FIRST_LOSS_SCALE = 65536.0
+GROWTH_STEPS = 2000
+"""fp16: good train steps after which a slot's loss scale doubles."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotJob:
+    """One subject to train: its words are in `tensors` already."""
+
+    job_id: str
+    subject_id: str
+    seed: int
+    train: TrainConfig
+    tensors: SubjectTensors
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReport:
+    """What one train step did to one slot."""
+
+    job_id: str
+    train_step: int
+    """Train steps done."""
+    loss: float
+    instance_loss: float
+    prior_loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    status: Status
+    error: str | None = None
+
+
+class Pack:
+    """Jobs of one base, resolution, precision and targets; all else may differ by slot."""
+
+    def __init__(
+        self, base: Base, jobs: Sequence[SlotJob], *, states: Mapping[str, SlotState] | None = None
+    ) -> None:
+        """Fresh slots, or slots that go on from `states` (by job id).
+
+        Raises ConfigError when the jobs cannot share a pack, CheckpointError when a state does
+        not fit its job.
+        """
+        _check(base, jobs)
+        first = jobs[0].train
+        self._base = base
+        self._precision = first.precision
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        rank = max(job.train.adapter.rank for job in jobs)
+        sites = find_sites(base.denoiser, first.adapter.targets)
+        self.bank = Bank(
+            base.denoiser,
+            sites=sites,
+            rank=rank,
+            num_slots=len(jobs),
+            device=base.device,
+            dtype=dtype,
+        )
+        self._optimizer = SlotAdamW(self.bank.flat_SP)
+        alpha_bar_T = objective.alphas_cumprod(base.scheduler_config)
+        self._alpha_bar_T = alpha_bar_T.to(base.device, dtype)
+        self._weights_ST = self._snr_table(jobs, alpha_bar_T)
+        self._prior_weight_S = torch.tensor(
+            [0.0, *(job.train.prior.loss_weight for job in jobs)], dtype=dtype, device=base.device
+        )
+        self._slots = {
+            job.job_id: self._join(slot, job, (states or {}).get(job.job_id))
+            for slot, job in enumerate(jobs, 1)
+        }
+        self.bank.flat_SP.requires_grad_(True)
+        self._rows: _Rows | None = None
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Job ids that still train, in slot order."""
+        return tuple(s.job.job_id for s in self._slots.values() if s.status == "running")
+
+    def status(self, job_id: str) -> Status:
+        """Where the job stands."""
+        return self._slots[job_id].status
+
+    def slot(self, job_id: str) -> int:
+        """The job's row of the bank."""
+        return self._slots[job_id].slot
+
+    def adapter(self, job_id: str) -> AdapterTensors:
+        """The job's adapter as it is now, copied; its scale is `train.adapter.scale`."""
+        with torch.no_grad():
+            tensors = self.bank.read(self.slot(job_id))
+            return {
+                name: type(pair)(*(part.detach().clone() for part in pair))
+                for name, pair in tensors.items()
+            }
+
+    def state(self, job_id: str) -> SlotState:
+        """All that the job's next train step depends on, copied to the CPU."""
+        entry = self._slots[job_id]
+        return SlotState(
+            flat_N=snapshot(self.bank.flat_SP.detach()[entry.slot, entry.layout.index_N]),
+            optimizer=self._optimizer.state(entry.slot),
+            train_step=entry.train_step,
+            opt_step=self._optimizer.opt_step(entry.slot),
+            rank=entry.job.train.adapter.rank,
+            layout=entry.layout.digest,
+            loss_scale=entry.loss_scale,
+            good_steps=entry.good_steps,
+            curve_T3=torch.tensor(entry.curve, dtype=torch.float64).reshape(-1, 3),
+        )
+
+    def cancel(self, job_id: str) -> SlotReport:
+        """Take a running job out; its neighbours go on."""
+        entry = self._slots[job_id]
+        self._leave(entry, "cancelled")
+        return entry.report((math.nan, math.nan, math.nan), math.nan, 0.0)
+
+    def close(self) -> None:
+        """Take the bank off the denoiser."""
+        self.bank.flat_SP.requires_grad_(False)
+        self.bank.detach()
+
+    def step(self) -> list[SlotReport]:
+        """One train step of every active slot; a slot that is not finite fails alone."""
+        entries = [entry for entry in self._slots.values() if entry.status == "running"]
+        if not entries:
+            return []
+        rows = self._rows = self._rows or self._arrange(entries)
+        losses = self._losses(rows, [self._batch(entry) for entry in entries])
+        scale_S = losses.total_S.new_ones(losses.total_S.shape)
+        if self._precision == "fp16":
+            scale_S[rows.active_A] = scale_S.new_tensor([entry.loss_scale for entry in entries])
+        self.bank.flat_SP.grad = None
+        (losses.total_S * scale_S).sum().backward()  # type: ignore[no-untyped-call]
+        grad_SP = self.bank.flat_SP.grad
+        assert grad_SP is not None
+        norm_S = torch.linalg.vector_norm(grad_SP, dim=1)
+        figures_4S = torch.stack([*(part.detach() for part in losses), norm_S]).double()
+        for entry in entries:
+            entry.ahead = self._draw(entry, entry.train_step + 1)  # while the device works
+        figures_S4 = figures_4S.T.tolist()  # the step's one transfer
+        return self._update(entries, grad_SP, [figures_S4[entry.slot] for entry in entries])
+
+    def _losses(self, rows: _Rows, batches: Sequence[SlotBatch]) -> objective.SlotLosses:
+        device, kind = self._base.device, self._base.prediction_type
+        latents_BCHW = torch.cat([b.latents_BCHW for b in batches]).to(device, non_blocking=True)
+        noise_BCHW = torch.cat([b.noise_BCHW for b in batches]).to(device, non_blocking=True)
+        timesteps_B = torch.cat([b.timesteps_B for b in batches]).to(device, non_blocking=True)
+        alpha_bar_B = self._alpha_bar_T[timesteps_B]
+        noisy_BCHW = objective.add_noise(latents_BCHW, noise_BCHW, alpha_bar_B)
+        self.bank.route(rows.slot_B)
+        with self._autocast():
+            prediction_BCHW = predict(self._base, noisy_BCHW, timesteps_B, rows.conditioning)
+        target_BCHW = objective.target(latents_BCHW, noise_BCHW, alpha_bar_B, kind)
+        error_B = objective.row_errors(prediction_BCHW, target_BCHW)
+        weight_B = objective.row_weights(
+            self._weights_ST, rows.slot_B, timesteps_B, rows.is_prior_B
+        )
+        return objective.dreambooth_loss(
+            error_B * weight_B,
+            rows.is_prior_B,
+            rows.slot_B,
+            prior_weight_S=self._prior_weight_S,
+            num_slots=self._prior_weight_S.shape[0],
+        )
+
+    def _update(
+        self, entries: list[_Entry], grad_SP: Tensor, figures: list[list[float]]
+    ) -> list[SlotReport]:
+        updates: list[SlotUpdate] = []
+        reports: list[SlotReport] = []
+        for entry, (total, instance, prior, scaled_norm) in zip(entries, figures, strict=True):
+            config = entry.job.train.optimizer
+            rate = lr_at(
+                config, self._optimizer.opt_step(entry.slot), entry.job.train.num_train_steps
+            )
+            norm = scaled_norm / entry.loss_scale
+            entry.train_step += 1
+            problem = None
+            if math.isfinite(total) and math.isfinite(scaled_norm):
+                coefficient = clip_coefficient(norm, config.max_grad_norm) / entry.loss_scale
+                updates.append(SlotUpdate(entry.slot, rate, coefficient))
+                self._grow_loss_scale(entry)
+            else:
+                grad_SP[entry.slot] = 0
+                if not math.isfinite(total):
+                    problem = f"the loss is {total} at train step {entry.train_step}"
+                elif self._precision != "fp16" or entry.loss_scale <= 1.0:
+                    problem = f"the gradient is {norm} at train step {entry.train_step}"
+                else:
+                    entry.loss_scale, entry.good_steps = entry.loss_scale / 2.0, 0
+                    rate = 0.0
+            entry.curve.append((total, instance, prior))
+            if problem is not None:
+                self._leave(entry, "failed", problem)
+            elif entry.train_step >= entry.job.train.num_train_steps:
+                self._leave(entry, "finished")
+            reports.append(entry.report((total, instance, prior), norm, rate))
+        if updates:
+            self._optimizer.step(grad_SP, updates)
+        return reports
+
+    def _grow_loss_scale(self, entry: _Entry) -> None:
+        if self._precision != "fp16":
+            return
+        entry.good_steps += 1
+        if entry.good_steps == GROWTH_STEPS:
+            entry.loss_scale, entry.good_steps = entry.loss_scale * 2.0, 0
+
+    def _leave(self, entry: _Entry, status: Status, error: str | None = None) -> None:
+        entry.status, entry.error, entry.ahead = status, error, None
+        self._rows = None
+
+    def _batch(self, entry: _Entry) -> SlotBatch:
+        batch, entry.ahead = entry.ahead, None
+        return batch if batch is not None else self._draw(entry, entry.train_step)
+
+    def _draw(self, entry: _Entry, train_step: int) -> SlotBatch:
+        job = entry.job
+        return make_slot_batch(
+            job.tensors,
+            job.train,
+            job.subject_id,
+            job.seed,
+            train_step,
+            num_train_timesteps=self._alpha_bar_T.shape[0],
+            scaling_factor=self._base.scaling_factor,
+            latent_dtype=self.bank.flat_SP.dtype,
+        )
+
+    def _arrange(self, entries: Sequence[_Entry]) -> _Rows:
+        """What stays the same from train step to train step while nobody leaves."""
+        device, base = self._base.device, self._base
+        batches = [self._batch(entry) for entry in entries]
+        for entry, batch in zip(entries, batches, strict=True):
+            entry.ahead = batch
+        conditioning = {
+            name: torch.cat([batch.conditioning[name] for batch in batches]).to(device, base.dtype)
+            for name in batches[0].conditioning
+        }
+        slots = [e.slot for e, b in zip(entries, batches, strict=True) for _ in b.is_prior_B]
+        return _Rows(
+            active_A=torch.tensor([entry.slot for entry in entries], device=device),
+            slot_B=torch.tensor(slots, device=device),
+            is_prior_B=torch.cat([batch.is_prior_B for batch in batches]).to(device),
+            conditioning=conditioning,
+        )
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self._precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float16
+        return torch.autocast(self._base.device.type, dtype=dtype)
+
+    def _snr_table(self, jobs: Sequence[SlotJob], alpha_bar_T: Tensor) -> Tensor:
+        kind = self._base.prediction_type
+        gammas = [None, *(job.train.objective.snr_gamma for job in jobs)]
+        table = [objective.snr_weights(alpha_bar_T, gamma, kind) for gamma in gammas]
+        return torch.stack(table).to(self._alpha_bar_T)
+
+    def _join(self, slot: int, job: SlotJob, state: SlotState | None) -> _Entry:
+        adapter = job.train.adapter
+        generator = stream(job.seed, job.subject_id, 0, "init")
+        self.bank.init(slot, adapter.rank, adapter.scale, generator)
+        layout = _Layout.of(self.bank, adapter.rank)
+        entry = _Entry(slot, job, layout, loss_scale=1.0)
+        if self._precision == "fp16":
+            entry.loss_scale = FIRST_LOSS_SCALE
+        if state is None:
+            self._optimizer.join(slot, job.train.optimizer, layout.index_N, layout.size)
+            return entry
+        if (state.layout, state.rank) != (layout.digest, adapter.rank):
+            raise CheckpointError(
+                f"the checkpoint of {job.job_id} has other sites or another rank",
+                f"rank {state.rank}",
+                "move the job's checkpoint folder away to start anew",
+            )
+        with torch.no_grad():
+            self.bank.flat_SP[slot, layout.index_N] = state.flat_N.to(self.bank.flat_SP)
+        self._optimizer.join(
+            slot,
+            job.train.optimizer,
+            layout.index_N,
+            layout.size,
+            state.optimizer,
+            state.opt_step,
+        )
+        entry.train_step = state.train_step
+        entry.loss_scale, entry.good_steps = state.loss_scale, state.good_steps
+        entry.curve = [(a, b, c) for a, b, c in state.curve_T3.tolist()]
+        if entry.train_step >= job.train.num_train_steps:
+            entry.status = "finished"
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a slot's own parameters lie in a bank row: site by site, down then up."""
+
+    index_N: Tensor
+    digest: str
+
+    @property
+    def size(self) -> int:
+        return -(-self.index_N.shape[0] // BLOCK_SIZE) * BLOCK_SIZE
+
+    @classmethod
+    def of(cls, bank: Bank, rank: int) -> _Layout:
+        device = bank.flat_SP.device
+        places_P = torch.arange(bank.slot_size, dtype=torch.float64, device=device)
+        tensors = bank.unflatten(places_P, rank)
+        parts = [part for pair in tensors.values() for part in pair]
+        shapes = [(name, [tuple(part.shape) for part in pair]) for name, pair in tensors.items()]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
+        return cls(torch.cat([part.flatten() for part in parts]).long(), digest)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One slot of the pack as it stands."""
+
+    slot: int
+    job: SlotJob
+    layout: _Layout
+    loss_scale: float
+    good_steps: int = 0
+    train_step: int = 0
+    status: Status = "running"
+    error: str | None = None
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
+    ahead: SlotBatch | None = None
+
+    def report(
+        self, losses: tuple[float, float, float], grad_norm: float, learning_rate: float
+    ) -> SlotReport:
+        return SlotReport(
+            self.job.job_id,
+            self.train_step,
+            *losses,
+            grad_norm,
+            learning_rate,
+            self.status,
+            self.error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the rows of the active slots are, on the device."""
+
+    active_A: Tensor
+    slot_B: Tensor
+    is_prior_B: Tensor
+    conditioning: dict[str, Tensor]
+
+
+def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
+    if not jobs:
+        raise ConfigError("a pack needs a job", "none", "give at least one")
+    names = [job.job_id for job in jobs]
+    if len(set(names)) != len(names):
+        raise ConfigError("the job ids of a pack must differ", ", ".join(names), "name each once")
+    shared = {
+        "resolution": {job.train.resolution for job in jobs},
+        "precision": {job.train.precision for job in jobs},
+        "adapter.targets": {job.train.adapter.targets for job in jobs},
+        "latents": {tuple(job.tensors.mean_NCHW.shape[1:]) for job in jobs},
+    }
+    for name, values in shared.items():
+        if len(values) > 1:
+            found = ", ".join(sorted(str(value) for value in values))
+            raise ConfigError(f"the jobs of a pack must share {name}", found, "use two packs")
+    if jobs[0].train.precision == "fp32" and base.dtype not in (torch.float32, torch.float64):
+        raise ConfigError("precision fp32 needs a float32 base", str(base.dtype), "load it so")

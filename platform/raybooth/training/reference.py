@@ -1,0 +1,163 @@
+"""The slow flat truth: one subject, PEFT's LoRA, torch's AdamW and clipping, a plain loop.
+
+Nothing of the bank, the pack or the slot optimiser is used here, so that tests can trust it.
+Shapes: B rows of a train step, C H W latents.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raybooth.config import TrainConfig
+from raybooth.data.batch import make_slot_batch, stream
+from raybooth.data.encode import SubjectTensors
+from raybooth.errors import ConfigError
+from raybooth.model.base import Base
+from raybooth.model.lora import AdapterTensors, LoraPair, find_sites, init_pair
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRun:
+    """The trained adapter and what each train step reported."""
+
+    adapter: AdapterTensors
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+
+
+def train_subject(
+    base: Base,
+    tensors: SubjectTensors,
+    train: TrainConfig,
+    subject_id: str,
+    seed: int,
+    steps: int | None = None,
+) -> ReferenceRun:
+    """`steps` (or all) train steps of one subject on a copy of the base's denoiser.
+
+    Written for bases of the Stable Diffusion 1.x / 2.x family in fp32 or fp64 with AdamW.
+    """
+    if train.precision != "fp32" or train.optimizer.name != "adamw":
+        found = f"precision {train.precision}, optimizer {train.optimizer.name}"
+        raise ConfigError("the reference trains in full precision with AdamW", found)
+    denoiser, pairs = _with_lora(base, train, subject_id, seed)
+    parameters = [part for pair in pairs.values() for part in pair]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=train.optimizer.learning_rate,
+        betas=train.optimizer.betas,
+        eps=train.optimizer.eps,
+        weight_decay=train.optimizer.weight_decay,
+        foreach=False,
+    )
+    schedule = _schedule(optimizer, train)
+    losses: list[float] = []
+    grad_norms: list[float] = []
+    for train_step in range(train.num_train_steps if steps is None else steps):
+        optimizer.zero_grad()
+        loss = _loss(base, denoiser, tensors, train, subject_id, seed, train_step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train.optimizer.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        grad_norms.append(norm.item())
+    adapter = {
+        name: LoraPair(pair.down.detach().clone(), pair.up.detach().clone())
+        for name, pair in pairs.items()
+    }
+    return ReferenceRun(adapter, tuple(losses), tuple(grad_norms))
+
+
+def _loss(
+    base: Base,
+    denoiser: nn.Module,
+    tensors: SubjectTensors,
+    train: TrainConfig,
+    subject_id: str,
+    seed: int,
+    train_step: int,
+) -> Tensor:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(dict(base.scheduler_config))
+    batch = make_slot_batch(
+        tensors,
+        train,
+        subject_id,
+        seed,
+        train_step,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        scaling_factor=base.scaling_factor,
+        latent_dtype=base.dtype,
+    )
+    # The schedule in the base's precision, or add_noise would round it to the samples' anyway.
+    x0_BCHW, noise_BCHW = batch.latents_BCHW.to(base.device), batch.noise_BCHW.to(base.device)
+    t_B = batch.timesteps_B.to(base.device)
+    noisy_BCHW = scheduler.add_noise(x0_BCHW, noise_BCHW, t_B)
+    target_BCHW = noise_BCHW
+    if base.prediction_type == "v_prediction":
+        target_BCHW = scheduler.get_velocity(x0_BCHW, noise_BCHW, t_B)
+    context = batch.conditioning["encoder_hidden_states"].to(base.device, base.dtype)
+    predicted_BCHW = denoiser(noisy_BCHW, t_B, encoder_hidden_states=context).sample
+    error_B = (predicted_BCHW - target_BCHW).square().mean((1, 2, 3))
+    instance_B, prior_B = error_B[~batch.is_prior_B], error_B[batch.is_prior_B]
+    gamma = train.objective.snr_gamma
+    if gamma is not None:
+        alpha_bar_B = scheduler.alphas_cumprod.to(base.device)[t_B[~batch.is_prior_B]]
+        snr_B = alpha_bar_B / (1 - alpha_bar_B)
+        divisor_B = snr_B if base.prediction_type == "epsilon" else snr_B + 1
+        instance_B = instance_B * (snr_B.clamp(max=gamma) / divisor_B)
+    loss = instance_B.mean()
+    if len(prior_B):
+        loss = loss + train.prior.loss_weight * prior_B.mean()
+    return loss
+
+
+def _with_lora(
+    base: Base, train: TrainConfig, subject_id: str, seed: int
+) -> tuple[nn.Module, dict[str, LoraPair]]:
+    """A copy of the denoiser under PEFT, with the pack's initial tensors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    sites = find_sites(base.denoiser, train.adapter.targets)
+    rank = train.adapter.rank
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=train.adapter.scale * rank,  # type: ignore[arg-type]
+        target_modules=[site.name for site in sites],
+        init_lora_weights="gaussian",
+    )
+    denoiser = copy.deepcopy(base.denoiser).requires_grad_(False)
+    inject_adapter_in_model(config, denoiser)
+    denoiser.to(base.device, base.dtype)
+    generator = stream(seed, subject_id, 0, "init")
+    pairs: dict[str, LoraPair] = {}
+    for site in sites:
+        module = denoiser.get_submodule(site.name)
+        down = module.lora_A["default"].weight  # type: ignore[index,union-attr]
+        up = module.lora_B["default"].weight  # type: ignore[index,union-attr]
+        initial = init_pair(site, rank, generator)
+        with torch.no_grad():
+            down.copy_(initial.down)  # type: ignore[operator]
+            up.copy_(initial.up)  # type: ignore[operator]
+        pairs[site.name] = LoraPair(down, up)  # type: ignore[arg-type]
+    return denoiser, pairs
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, train: TrainConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    from diffusers.optimization import get_scheduler
+
+    name = train.optimizer.schedule
+    return get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=train.optimizer.warmup_steps,
+        num_training_steps=train.num_train_steps,
+    )
