@@ -60,7 +60,9 @@ def check_photos(
         try:
             image = load_photo(path)
         except SubjectError as error:
-            problems.append(SubjectError(f"{_whose(subject_id)}{error.what}", error.found, error.do))
+            problems.append(
+                SubjectError(f"{_whose(subject_id)}{error.what}", error.found, error.do)
+            )
             continue
         digest = pixel_digest(image)
         if digest in first_of:

@@ -17,7 +17,6 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 RELEASED = b"released"
@@ -33,7 +32,7 @@ class _Seen:
 
 
 class Lease:
-    """The right to write under one name; `acquire` (or try), then `release`, or use `with`."""
+    """The right to write under one name; `try_acquire` until it is True, then `release`."""
 
     def __init__(self, folder: Path, *, expiry_s: float = 120.0, heartbeat_s: float = 5.0) -> None:
         if heartbeat_s * 2 > expiry_s:
@@ -93,17 +92,6 @@ class Lease:
             except OSError:
                 # A full disk: without its heartbeat, and with its process gone, it is taken over.
                 return
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def _is_free(self, seen: _Seen) -> bool:
         if seen.content == RELEASED or _is_dead_here(seen.content):
