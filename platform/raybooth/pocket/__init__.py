@@ -1,0 +1,8 @@
+"""The embedded base: a tiny latent-diffusion model, trained from scratch on a drawn world and shipped with us."""
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """The folder of the shipped base, in Stable Diffusion's own layout."""
+    return Path(__file__).resolve().parent / "weights"
