@@ -1,4 +1,4 @@
-"""What a generator of priors hands to the cache: bytes as they go to disk (no torch needed to pass on).
+"""What a generator of priors hands to the cache: bytes, as they go to disk.
 
 C H W latent channels, height, width.
 """

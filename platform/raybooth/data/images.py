@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raybooth.errors import SubjectError
 from raybooth.subject import photo_digest
@@ -189,7 +189,7 @@ def _unreadable(path: Path, error: BaseException) -> SubjectError:
         return SubjectError(f"{path} cannot be read", error.strerror or found, "check the file")
     if path.is_file() and path.stat().st_size == 0:
         return SubjectError(f"{path} is empty", "0 bytes", "give the photo again")
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         what, found = f"{path} is not a JPEG, PNG or WebP picture", "other or damaged contents"
         return SubjectError(what, found, "save it as one of these")
     return SubjectError(f"{path} is truncated or damaged", found, "give the photo again")

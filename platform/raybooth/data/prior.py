@@ -171,7 +171,7 @@ class PriorCache:
         return PriorReport(num_images - num_generated, num_generated, num_damaged, seconds)
 
     def load(self, key: PriorKey, num_images: int) -> PriorTensors:
-        """Images 0 .. num_images-1 as latents, checked; raises PriorError when not all are there."""
+        """Images 0 .. num_images-1 as latents, checked; PriorError when not all are there."""
         import torch
         from safetensors.torch import load
 

@@ -14,7 +14,7 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`: written beside, fsynced, renamed; a reader sees old or new, never half.
+    """Puts `data` at `path`: beside, fsync, rename; a reader sees old or new, never half.
 
     A failed write (disk full, read-only) leaves nothing behind and raises its OSError.
     """
@@ -31,7 +31,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Deletes what writers that were killed left in `folder` (call it while no other writes there)."""
+    """Deletes what killed writers left in `folder`; call it while no other writes there."""
     for entry in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         entry.unlink(missing_ok=True)
 
