@@ -1,0 +1,250 @@
+"""Any base: a pretrained text-to-image model in diffusers' layout, frozen, and known by a fingerprint.
+
+Shapes: B rows or images, C channels, H W size, N prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from raybooth.errors import BaseModelError
+from raybooth.model.families import Conditioning, Family, find_family
+from raybooth.model.fingerprint import WEIGHTS, fingerprint_base, read_json, weight_files
+
+__all__ = [
+    *("Base", "Conditioning", "Family", "resolve_base", "fingerprint_base", "load_base"),
+    *("load_tokenizer", "token_split", "cut_tokens", "encode_prompts", "encode_images"),
+    *("decode_latents", "predict"),
+]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FILES = ("*.json", "tokenizer/*.txt", *(f"{p}/{s}*.safetensors" for p, s in WEIGHTS.items()))
+_HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*", "feature_extractor/*")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen pretrained model: every part in eval mode, no part with gradients."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+    family: Family
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    scheduler_config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: `epsilon` or `v_prediction`."""
+        return str(self.scheduler_config["prediction_type"])
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(_config(self.vae).latent_channels)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** (len(_config(self.vae).block_out_channels) - 1)
+
+    @property
+    def native_resolution(self) -> int:
+        """Pixels of a side that the denoiser was trained at."""
+        size = _config(self.denoiser).sample_size
+        return int(size if isinstance(size, int) else size[0]) * self.vae_scale_factor
+
+    @property
+    def scaling_factor(self) -> float:
+        """Latents of the denoiser = latents of the VAE times this."""
+        return float(_config(self.vae).scaling_factor)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Places in the noise schedule."""
+        return int(self.scheduler_config.get("num_train_timesteps", 1000))
+
+
+def resolve_base(source: str, revision: str | None = None) -> Path:
+    """The folder that `source` means: `pocket`, a folder, or a Hub id at a pinned commit.
+
+    Raises BaseModelError when there is no such folder, the revision is not a 40-digit commit, or
+    the Hub cannot give it. Never fetches pickles.
+    """
+    if source == "pocket":
+        from raybooth import pocket
+
+        folder = pocket.path()
+    else:
+        folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            do = "remove it; a folder is known by its fingerprint"
+            raise BaseModelError("a revision has no effect on a folder", revision, do)
+        return folder.resolve()
+    if source == "pocket" or not _HUB_ID.fullmatch(source):
+        do = "give `pocket`, a folder in diffusers' layout, or a Hub id with a revision"
+        raise BaseModelError(f"no base is called {source!r}", f"no folder {folder}", do)
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise BaseModelError(
+            f"the Hub id {source} must be pinned to a commit",
+            f"revision {revision!r}",
+            "give the 40 hexadecimal digits of a commit as `revision`",
+        )
+    return _fetch(source, revision)
+
+
+def load_base(
+    source: str,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Base:
+    """The base that `source` means, frozen, on `device`, its denoiser in `dtype`.
+
+    VAE and text encoder are fp32 on a CPU; on a GPU they have `dtype`, the VAE fp32 under fp16.
+    Raises BaseModelError when parts are missing, pickled, damaged, or of an unknown kind.
+    """
+    folder = resolve_base(source, revision)
+    device = torch.device(device)
+    family = _family(folder)
+    for part, stem in WEIGHTS.items():
+        weight_files(folder / part, stem)
+    scheduler_config = family.read_scheduler_config(folder)
+    tokenizer = family.load_tokenizer(folder)
+    fingerprint = fingerprint_base(folder)
+    side_dtype = torch.float32 if device.type == "cpu" else dtype
+    vae_dtype = torch.float32 if side_dtype == torch.float16 else side_dtype
+    text_encoder = family.load_text_encoder(folder, side_dtype)
+    positions = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > positions:
+        found = f"{tokenizer.model_max_length} tokens, {positions} positions"
+        raise BaseModelError("the base's tokenizer does not fit its text encoder", found)
+    return Base(
+        name=source,
+        folder=folder,
+        fingerprint=fingerprint,
+        family=family,
+        denoiser=_frozen(family.load_denoiser(folder, dtype), device),
+        vae=_frozen(family.load_vae(folder, vae_dtype), device),
+        text_encoder=_frozen(text_encoder, device),
+        tokenizer=tokenizer,
+        scheduler_config=scheduler_config,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the base in `folder`, without loading weights."""
+    return _family(folder).load_tokenizer(folder)
+
+
+def token_split(base_or_tokenizer: Any, text: str) -> list[str]:
+    """The tokens that `text` becomes, as people read them: `["z", "e", "b", "r", "a"]`."""
+    tokenizer = base_or_tokenizer
+    if isinstance(tokenizer, Base):
+        tokenizer = tokenizer.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    return [tokenizer.convert_tokens_to_string([piece]).strip() for piece in pieces]
+
+
+def cut_tokens(base_or_tokenizer: Any, prompt: str) -> list[str]:
+    """The tokens at the end of `prompt` that do not fit and would be cut; empty when all fit."""
+    tokenizer = base_or_tokenizer
+    if isinstance(tokenizer, Base):
+        tokenizer = tokenizer.tokenizer
+    room = int(tokenizer.model_max_length) - 2  # start and end of text
+    return token_split(tokenizer, prompt)[room:]
+
+
+def encode_prompts(base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Conditioning [N, ...] of each prompt, encoded at batch 1 so that neighbours cannot matter."""
+    return base.family.encode_prompts(base.tokenizer, base.text_encoder, prompts)
+
+
+@torch.no_grad()
+def encode_images(base: Base, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior for pixels in [-1, 1], not yet scaled.
+
+    One image at a time, fp32 out, so that neighbours cannot matter.
+    """
+    parameter = next(base.vae.parameters())
+    means, stds = [], []
+    for pixels_CHW in pixels_BCHW.to(parameter.device, parameter.dtype):
+        posterior = cast(Any, base.vae).encode(pixels_CHW[None]).latent_dist
+        means.append(posterior.mean.float())
+        stds.append(posterior.std.float())
+    return torch.cat(means), torch.cat(stds)
+
+
+@torch.no_grad()
+def decode_latents(base: Base, latents_BCHW: Tensor) -> Tensor:
+    """uint8 pixels [B, H, W, 3] of the denoiser's latents, one image at a time, on the CPU."""
+    parameter = next(base.vae.parameters())
+    images = []
+    for latents_CHW in latents_BCHW.to(parameter.device, parameter.dtype):
+        latents_1CHW = latents_CHW[None] / base.scaling_factor
+        pixels = cast(Any, base.vae).decode(latents_1CHW, return_dict=False)[0][0]
+        unit = (pixels * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
+        images.append((unit * 255).round().to(torch.uint8))
+    return torch.stack(images)
+
+
+def predict(
+    base: Base, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """One call of the denoiser: noise or velocity [B, C, H, W]; timesteps may be fractions."""
+    return base.family.predict(base.denoiser, latents_BCHW, timesteps_B, conditioning)
+
+
+def _family(folder: Path) -> Family:
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(
+            f"{folder} is not a base in diffusers' layout",
+            "no model_index.json",
+            "give the folder that `save_pretrained` of a StableDiffusionPipeline wrote",
+        )
+    return find_family(str(read_json(folder / "model_index.json").get("_class_name", "")))
+
+
+def _fetch(source: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_VARIANTS),
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        found = " ".join(str(error).split())[:300]
+        do = "check the id, the commit, your token and the network, or give a local folder"
+        raise BaseModelError(f"the Hub did not give {source}@{revision}", found, do) from error
+
+
+def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config

@@ -1,0 +1,224 @@
+"""m = m_u + g (m_c - m_u): batched classifier-free guidance (Ho and Salimans 2021), a row an image.
+
+Rows of different prompts, slots, solvers, step counts, guidance and seeds share one call of the
+denoiser, each joining and leaving at any denoise step. A row's bytes depend on its own request and
+on the bucket (rows of the call), never on its neighbours. Latents are fp32 under any base dtype.
+
+Shapes: R rows (padded to the bucket), B = 2 R denoiser rows (each row's unconditional, then its
+conditional), C H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raybooth.errors import RequestError
+from raybooth.model.bank import Bank
+from raybooth.model.base import Base, Conditioning, decode_latents, encode_prompts, predict
+from raybooth.model.solver import RowPlan, plan_rows
+
+GENERATOR_VERSION = 1
+"""Raised when the same request would give another image; part of the prior cache's key."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One image, as `StableDiffusionPipeline` would make it."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    solver: str = "dpmpp2m"
+    height: int | None = None
+    """Pixels; none means the base's own resolution."""
+
+    width: int | None = None
+    slot: int = 0
+    adapter_scale: float = 1.0
+
+
+@dataclass(eq=False)
+class Row:
+    """One image in flight."""
+
+    request: SampleRequest
+    plan: RowPlan
+    latents_CHW: Tensor
+    x0_prev_CHW: Tensor
+    cond: Conditioning
+    uncond: Conditioning
+    guidance: float
+    slot: int
+    adapter_scale: float
+    index: int = field(default=0)
+    """Denoise steps that are done."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the latents are the image's."""
+        return self.index >= self.plan.num_steps
+
+
+def start_row(
+    base: Base,
+    request: SampleRequest,
+    *,
+    cond: Conditioning | None = None,
+    uncond: Conditioning | None = None,
+) -> Row:
+    """A row at its first noise, drawn on the CPU as StableDiffusionPipeline draws it from the seed.
+
+    `cond` and `uncond` (leading dim 1) save encoding the prompts again. Raises RequestError when
+    this base cannot make such an image.
+    """
+    height = request.height or base.native_resolution
+    width = request.width or base.native_resolution
+    factor = base.vae_scale_factor
+    if min(height, width) < factor or height % factor or width % factor:
+        do = f"use multiples of {factor} pixels, {base.native_resolution} for example"
+        raise RequestError("the base cannot make images of this size", f"{width}x{height}", do)
+    plan = plan_rows(base.scheduler_config, request.solver, request.num_inference_steps)
+    shape = (1, base.latent_channels, height // factor, width // factor)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    latents_CHW = (noise * plan.init_scale)[0].to(base.device)
+    cond = cond or encode_prompts(base, [request.prompt])
+    if request.guidance_scale <= 1.0:
+        uncond = cond  # diffusers does not guide then; the row's place in the batch stays
+    return Row(
+        request=request,
+        plan=plan,
+        latents_CHW=latents_CHW,
+        x0_prev_CHW=torch.zeros_like(latents_CHW),
+        cond=cond,
+        uncond=uncond or encode_prompts(base, [request.negative_prompt]),
+        guidance=request.guidance_scale,
+        slot=request.slot,
+        adapter_scale=request.adapter_scale,
+    )
+
+
+@torch.no_grad()
+def denoise_step(
+    base: Base, bank: Bank | None, rows: Sequence[Row], bucket: int | None = None
+) -> None:
+    """Move each row one denoise step on, by ONE call of the denoiser on 2 x bucket rows.
+
+    Rows are of one latent size and none is done; the rest of the bucket is filled with empty rows
+    of the null adapter. `bucket` defaults to the number of rows. Without a bank, rows must be of
+    slot 0 and the denoiser must carry no hooks.
+    """
+    num_rows = len(rows)
+    bucket = num_rows if bucket is None else bucket
+    assert 0 < num_rows <= bucket and not any(row.done for row in rows)
+    latents_RCHW = _stacked([row.latents_CHW for row in rows], bucket)
+    x0_prev_RCHW = torch.stack([row.x0_prev_CHW for row in rows])
+    coefficients = torch.tensor(
+        [(*row.plan.coefficients(row.index), max(row.guidance, 1.0)) for row in rows],
+        dtype=torch.float64,
+    )
+    columns = coefficients.float().to(base.device).T[..., None, None, None]
+    input_scale, a, b, c, d, cx, c0, ce, ch, guidance = columns
+    timesteps = [float(row.plan.timesteps[row.index]) for row in rows]
+    timesteps_R = torch.tensor(timesteps + [0.0] * (bucket - num_rows), device=base.device)
+    if bank is not None:
+        slots = [row.slot for row in rows] + [0] * (bucket - num_rows)
+        scales = [row.adapter_scale for row in rows] + [1.0] * (bucket - num_rows)
+        bank.route(torch.tensor(slots), torch.tensor(scales, dtype=torch.float64), rows_each=2)
+    else:
+        assert not any(row.slot for row in rows), "a row names a slot, but there is no bank"
+    x = latents_RCHW[:num_rows]
+    inputs_RCHW = torch.cat([x * input_scale, latents_RCHW[num_rows:]])
+    out_BCHW = predict(
+        base,
+        inputs_RCHW.repeat_interleave(2, 0),
+        timesteps_R.repeat_interleave(2, 0),
+        _conditioning(rows, bucket),
+    ).float()
+    uncond_RCHW, cond_RCHW = out_BCHW.unflatten(0, (bucket, 2))[:num_rows].unbind(1)
+    guided = uncond_RCHW + guidance * (cond_RCHW - uncond_RCHW)
+    m = torch.where(guidance > 1.0, guided, cond_RCHW)
+    x0 = a * x + b * m
+    e = c * x + d * m
+    x_next = cx * x + c0 * x0 + ce * e + ch * x0_prev_RCHW
+    for row, latents_CHW, x0_CHW in zip(rows, x_next, x0, strict=True):
+        row.latents_CHW, row.x0_prev_CHW = latents_CHW, x0_CHW
+        row.index += 1
+
+
+def generate(
+    base: Base,
+    bank: Bank | None,
+    requests: Sequence[SampleRequest],
+    *,
+    max_rows: int = 16,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """An image for each request, in order, equal to StableDiffusionPipeline's for that seed.
+
+    At most `max_rows` share a call; a new one joins as soon as one is done. The bucket is the next
+    power of two. `on_step(done, total)` counts denoise steps over all images.
+    """
+    images: dict[int, Image.Image] = {}
+    total = sum(request.num_inference_steps for request in requests)
+    done = 0
+    encoded: dict[str, dict[str, Tensor]] = {}
+
+    def start(request: SampleRequest) -> Row:
+        for prompt in (request.prompt, request.negative_prompt):
+            if prompt not in encoded:
+                encoded[prompt] = encode_prompts(base, [prompt])
+        cond, uncond = encoded[request.prompt], encoded[request.negative_prompt]
+        return start_row(base, request, cond=cond, uncond=uncond)
+
+    for places in _by_size(base, requests):
+        waiting, active = list(places), dict[int, Row]()
+        while waiting or active:
+            while waiting and len(active) < max_rows:
+                place = waiting.pop(0)
+                active[place] = start(requests[place])
+            rows = list(active.values())
+            denoise_step(base, bank, rows, bucket=min(max_rows, 1 << (len(rows) - 1).bit_length()))
+            done += len(rows)
+            for place, row in list(active.items()):
+                if row.done:
+                    images[place] = row_image(base, row)
+                    del active[place]
+            if on_step is not None:
+                on_step(done, total)
+    return [images[place] for place in range(len(requests))]
+
+
+def row_image(base: Base, row: Row) -> Image.Image:
+    """The picture of a row that is done."""
+    return Image.fromarray(decode_latents(base, row.latents_CHW[None])[0].numpy())
+
+
+def _stacked(tensors: Sequence[Tensor], bucket: int) -> Tensor:
+    """[bucket, ...], zeros after the last."""
+    return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * (bucket - len(tensors))])
+
+
+def _conditioning(rows: Sequence[Row], bucket: int) -> dict[str, Tensor]:
+    """Each row's unconditional, then its conditional; zeros after the last."""
+    return {
+        name: _stacked(
+            [side[name][0] for row in rows for side in (row.uncond, row.cond)], 2 * bucket
+        )
+        for name in rows[0].cond
+    }
+
+
+def _by_size(base: Base, requests: Sequence[SampleRequest]) -> list[list[int]]:
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for place, request in enumerate(requests):
+        native = base.native_resolution
+        sizes.setdefault((request.height or native, request.width or native), []).append(place)
+    return list(sizes.values())
