@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 
 from raybooth.config import (
     FleetConfig,
+    Model,
     SubjectConfig,
     TrainConfig,
     find_config,
@@ -91,35 +94,41 @@ def load_fleet(path: Path) -> Fleet:
     Raises InputProblems that lists everything wrong with the file at once; the photos'
     contents are checked by `raybooth.data.images.check_photos`, not here.
     """
+    fleet, problems = read_fleet(path)
+    if problems or fleet is None:
+        raise InputProblems(str(path), problems)
+    return fleet
+
+
+def read_fleet(path: Path) -> tuple[Fleet | None, list[InputError]]:
+    """All that can be made of the fleet file at `path`, and everything wrong with it.
+
+    For those who list the problems of file and photos together; a fleet with problems must not
+    be trained. None when so much is wrong that no subject can be told.
+    """
     source = str(path)
     values = load_yaml(path)
-    config = parse_config(FleetConfig, values, source)
-    problems: list[InputError] = []
+    config, problems = _parse_partly(FleetConfig, values, source, _without_wrong_subjects)
+    if config is None:
+        return None, problems
     counts = Counter(subject.id for subject in config.subjects)
     for subject_id, count in counts.items():
         if count > 1:
-            do = "give each subject an id of its own"
-            problems.append(
-                SubjectError(f"subject id {subject_id!r} is not unique", f"{count}", do)
-            )
-    try:
-        train = _train_values(config.train, path)
-    except InputProblems as error:
-        raise InputProblems(source, [*problems, *error.problems]) from error
-    except InputError as error:
-        raise InputProblems(source, [*problems, error]) from error
+            what, do = f"subject id {subject_id!r} is not unique", "give each subject its own"
+            problems.append(SubjectError(what, f"{count}", do))
+    train = _train_values(config.train, path, problems)
+    if train is None:
+        return None, problems
     folder = path.absolute().parent
     subjects = []
     for subject in config.subjects:
         resolved = _resolve(subject, config, train, folder, problems)
         if resolved is not None:
             subjects.append(resolved)
-    if problems:
-        raise InputProblems(source, problems)
     base = config.base
     if (folder / base).is_dir() and base != "pocket":
         base = str(folder / base)
-    return Fleet(path.absolute(), base, config.revision, tuple(subjects))
+    return Fleet(path.absolute(), base, config.revision, tuple(subjects)), problems
 
 
 def photo_digest(path: Path) -> str:
@@ -127,12 +136,77 @@ def photo_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _train_values(train: str | dict[str, Any], fleet: Path) -> dict[str, Any]:
+def _train_values(
+    train: str | dict[str, Any], fleet: Path, problems: list[InputError]
+) -> dict[str, Any] | None:
+    """The train config's values as written, without what is wrong; None when it is unusable."""
+    source, values = "train", train
     if isinstance(train, str):
-        file = find_config("train", train, fleet.absolute().parent)
-        values = load_yaml(file) or {}
-        return parse_config(TrainConfig, values, str(file)).model_dump(exclude_unset=True)
-    return parse_config(TrainConfig, train, "train").model_dump(exclude_unset=True)
+        try:
+            file = find_config("train", train, fleet.absolute().parent)
+            source, values = str(file), load_yaml(file) or {}
+        except InputError as error:
+            problems.append(error)
+            return None
+    config, wrong = _parse_partly(TrainConfig, values, source, _without_wrong_keys)
+    problems.extend(wrong)
+    return None if config is None else config.model_dump(exclude_unset=True)
+
+
+def _parse_partly(
+    kind: type[Model], values: Any, source: str, prune: Callable[[Any, ValidationError], Any]
+) -> tuple[Model | None, list[InputError]]:
+    """`values` as a `kind`, or what is left of them when `prune` has taken out what is wrong."""
+    try:
+        return parse_config(kind, values, source), []
+    except InputProblems as error:
+        problems = list(error.problems)
+        if not isinstance(error.__cause__, ValidationError):
+            return None, problems
+        pruned = prune(copy.deepcopy(values), error.__cause__)
+    try:
+        return (None if pruned is None else kind.model_validate(pruned)), problems
+    except ValidationError:
+        return None, problems
+
+
+def _without_wrong_subjects(values: Any, error: ValidationError) -> Any:
+    """A fleet without its unknown keys and wrong subjects; None when other things are wrong."""
+    wrong: set[int] = set()
+    for item in error.errors(include_url=False):
+        where = item["loc"]
+        if item["type"] == "extra_forbidden":
+            _drop(values, where)
+        elif len(where) > 1 and where[0] == "subjects" and isinstance(where[1], int):
+            wrong.add(where[1])
+        else:
+            return None
+    values["subjects"] = [s for i, s in enumerate(values["subjects"]) if i not in wrong]
+    return values
+
+
+def _without_wrong_keys(values: Any, error: ValidationError) -> Any:
+    """A train config without its unknown or wrong keys; None when photos cannot be judged by it."""
+    for item in error.errors(include_url=False):
+        where = item["loc"]
+        if where in ((), ("resolution",), ("min_images",)):
+            return None
+        _drop(values, where)
+    return values
+
+
+def _drop(values: Any, where: tuple[int | str, ...]) -> None:
+    """Takes the key at `where` out, or the deepest key above it that is there."""
+    holder, key = None, ""
+    for part in where:
+        inside = values[part] if isinstance(values, list) and isinstance(part, int) else None
+        if isinstance(values, dict):
+            if part not in values:
+                break
+            holder, key, inside = values, str(part), values[part]
+        values = inside
+    if holder is not None:
+        holder.pop(key)
 
 
 def _resolve(
@@ -142,13 +216,14 @@ def _resolve(
     folder: Path,
     problems: list[InputError],
 ) -> Subject | None:
-    before = len(problems)
     defaults = fleet.defaults
     class_noun = subject.class_noun or defaults.class_noun
     if class_noun is None:
         do = "add class_noun, a coarse word such as dog"
         problems.append(SubjectError(f"subject {subject.id!r} has no class_noun", "", do))
+    before = len(problems)
     images = _photos(subject, folder, problems)
+    is_lost = not images and len(problems) > before
     values = merge(merge(train, defaults.overrides), subject.overrides)
     for prompts in (defaults.prompts, subject.prompts):
         if prompts.instance is not None:
@@ -165,7 +240,7 @@ def _resolve(
         config = TrainConfig.model_validate(values)
     except ValidationError as error:
         problems.extend(problems_of(error, f"subject {subject.id!r}: "))
-    if len(problems) > before or class_noun is None or config is None:
+    if is_lost or class_noun is None or config is None:
         return None
     identifier = subject.identifier or defaults.identifier
     return Subject(subject.id, class_noun, identifier, images, config)
@@ -188,7 +263,7 @@ def _photos(subject: SubjectConfig, folder: Path, problems: list[InputError]) ->
         if path.suffix.lower() not in PHOTO_SUFFIXES:
             what = f"subject {subject.id!r}: {path.name} is not a photo format that is read"
             problems.append(SubjectError(what, path.suffix or "no suffix", "use JPEG, PNG or WebP"))
-    return tuple(sorted(found))
+    return tuple(sorted(path for path in found if path.suffix.lower() in PHOTO_SUFFIXES))
 
 
 def _is_photo(entry: Path) -> bool:

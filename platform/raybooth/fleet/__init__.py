@@ -1,0 +1,1 @@
+"""The fleet: a durable queue of jobs, planned into packs, run through Ray Train."""

@@ -1,0 +1,202 @@
+"""Reads a fleet file, its photos, its base and the prior cache: everything wrong, or all jobs.
+
+Loads no weights: a tokenizer, JSON configs and safetensors headers are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.errors import BaseModelError, InputError, InputProblems, SubjectError
+from raybooth.fleet.memory import BaseShape, SlotShape, pack_memory_bytes, read_base_shape
+from raybooth.fleet.planner import PackMemory, PlanJob, PriorNeed
+from raybooth.subject import Fleet, Subject, read_fleet
+
+if TYPE_CHECKING:
+    from raybooth.data.prior import PriorCache
+    from raybooth.data.prior_key import PriorKey
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectJob:
+    """A subject that can be trained."""
+
+    job_id: str
+    subject: Subject
+    prior_key: PriorKey | None
+    num_prior_cached: int
+    num_prior_damaged: int
+
+    def plan_job(self, base_fingerprint: str, train_step: int = 0) -> PlanJob:
+        """What the planner must know, `train_step` steps being done."""
+        train = self.subject.train
+        return PlanJob(
+            job_id=self.job_id,
+            base=base_fingerprint,
+            method=train.method,
+            resolution=train.resolution,
+            precision=train.precision,
+            targets=train.adapter.targets,
+            rank=train.adapter.rank,
+            batch_size=train.batch_size,
+            num_steps_left=train.num_train_steps - train_step,
+            prior=self._prior_need(),
+            pack=train.pack,
+            resources=train.resources,
+        )
+
+    def _prior_need(self) -> PriorNeed | None:
+        if self.prior_key is None:
+            return None
+        return PriorNeed(
+            digest=self.prior_key.digest,
+            class_prompt=self.prior_key.class_prompt,
+            num_images=self.subject.train.prior.num_images,
+            num_cached=self.num_prior_cached,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A fleet in which nothing is wrong."""
+
+    fleet: Fleet
+    base_folder: Path
+    base_fingerprint: str
+    shape: BaseShape
+    jobs: tuple[SubjectJob, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def pack_memory(self) -> PackMemory:
+        """Predicts the bytes of a pack on this base."""
+        return lambda jobs: _pack_memory(self.shape, jobs)
+
+
+def survey_fleet(path: Path, priors: PriorCache) -> Survey:
+    """The fleet file at `path` and all that it names.
+
+    Raises InputProblems that lists everything wrong with file, photos, words and base at once.
+    """
+    from raybooth.model.base import fingerprint_base, load_tokenizer, resolve_base
+
+    fleet, problems = read_fleet(path)
+    folder: Path | None = None
+    shape: BaseShape | None = None
+    tokenizer: Any = None
+    if fleet is None:
+        raise InputProblems(str(path), problems)
+    try:
+        folder = resolve_base(fleet.base, fleet.revision)
+        shape = read_base_shape(folder)
+        tokenizer = load_tokenizer(folder)
+    except InputError as error:
+        problems.append(error)
+    warnings: list[str] = []
+    for subject in fleet.subjects:
+        problems.extend(_photo_problems(subject))
+        if shape is not None:
+            problems.extend(_size_problems(subject, shape))
+            warnings.extend(_size_warnings(subject, shape))
+        if tokenizer is not None:
+            problems.extend(_prompt_problems(subject, tokenizer))
+            warnings.extend(_identifier_warnings(subject, tokenizer))
+    if problems or folder is None or shape is None:
+        raise InputProblems(str(path), problems)
+    fingerprint = fingerprint_base(folder)
+    jobs = _jobs(fleet, fingerprint, priors)
+    return Survey(fleet, folder, fingerprint, shape, jobs, tuple(dict.fromkeys(warnings)))
+
+
+def _photo_problems(subject: Subject) -> Sequence[InputError]:
+    from raybooth.data.images import check_photos
+
+    return check_photos(
+        subject.images,
+        resolution=subject.train.resolution,
+        min_images=subject.train.min_images,
+        subject_id=subject.subject_id,
+    )
+
+
+def _size_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
+    side, name = subject.train.resolution, subject.subject_id
+    if side % shape.vae_scale_factor:
+        do = f"use a multiple of {shape.vae_scale_factor}"
+        return [BaseModelError(f"subject {name!r}: the base cannot make this size", f"{side}", do)]
+    if side < shape.least_side:
+        do = f"use at least {shape.least_side} pixels"
+        return [BaseModelError(f"subject {name!r}: the base cannot make this size", f"{side}", do)]
+    return []
+
+
+def _size_warnings(subject: Subject, shape: BaseShape) -> list[str]:
+    side, native = subject.train.resolution, shape.native_resolution
+    if native / 2 < side < native * 2:
+        return []
+    return [f"subject {subject.subject_id!r}: resolution {side} is far from the base's {native}"]
+
+
+def _prompt_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
+    """Prompts that the text encoder would cut."""
+    from raybooth.model.base import cut_tokens
+
+    problems: list[InputError] = []
+    prompts = [("instance prompt", subject.instance_prompt)]
+    if subject.train.prior.num_images:
+        prompts.append(("class prompt", subject.class_prompt))
+    prompts.extend(("sample prompt", prompt) for prompt in subject.sample_prompts)
+    for kind, prompt in prompts:
+        if cut := cut_tokens(tokenizer, prompt):
+            what = f"subject {subject.subject_id!r}: its {kind} is too long"
+            found = f"{len(cut)} tokens that would be cut: {' '.join(cut)}"
+            problems.append(SubjectError(what, found, "shorten it"))
+    return problems
+
+
+def _identifier_warnings(subject: Subject, tokenizer: Any) -> list[str]:
+    from raybooth.model.base import token_split
+
+    tokens = token_split(tokenizer, subject.identifier)
+    if len(tokens) == 1:
+        return []
+    split = " + ".join(tokens) or "nothing"
+    return [
+        f"subject {subject.subject_id!r}: identifier {subject.identifier!r} is {len(tokens)} "
+        f"tokens ({split}); a single rare token such as sks is learned better"
+    ]
+
+
+def _jobs(fleet: Fleet, fingerprint: str, priors: PriorCache) -> tuple[SubjectJob, ...]:
+    from raybooth.data.prior_key import prior_key
+
+    found: dict[str, tuple[int, int]] = {}
+    jobs = []
+    for subject in fleet.subjects:
+        key, cached, damaged = None, 0, 0
+        if subject.train.prior.num_images:
+            key = prior_key(subject.train, subject.class_prompt, fingerprint)
+            if key.digest not in found:
+                status = priors.status(key)
+                found[key.digest] = (status.num_whole, status.num_damaged)
+            cached, damaged = found[key.digest]
+        job_id = f"{subject.subject_id}-{subject.digest(fingerprint)[:12]}"
+        jobs.append(SubjectJob(job_id, subject, key, cached, damaged))
+    return tuple(jobs)
+
+
+def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob]) -> int:
+    if not jobs:
+        return 0
+    slots = [SlotShape(job.rank, job.num_rows) for job in jobs]
+    first = jobs[0]
+    return pack_memory_bytes(
+        shape,
+        slots,
+        targets=first.targets,
+        resolution=first.resolution,
+        precision=first.precision,
+    )
