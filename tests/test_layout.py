@@ -60,8 +60,11 @@ def test_source_root_is_no_package(root: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_source_root_holds_one_package_and_a_readme(package: Path) -> None:
-    entries = {path.name for path in package.parent.iterdir() if path.suffix != ".png"}
-    entries -= {"__pycache__"}
+    entries = {
+        path.name
+        for path in package.parent.iterdir()
+        if path.suffix != ".png" and not path.name.startswith((".", "__pycache__"))
+    }
     assert entries == {package.name, "README.md"}
 
 

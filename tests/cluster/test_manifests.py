@@ -326,29 +326,7 @@ def test_service_port_is_the_one_the_operator_looks_for() -> None:
         assert ports["serve"] == options["port"], name
 
 
-# ------------------------------------------------------------------ kustomization and image
-
-
-def test_kustomization_lists_every_manifest_and_every_image() -> None:
-    kustomization = DOCUMENTS["kustomization.yaml"]
-    beside = set(DOCUMENTS) - {"kustomization.yaml", "fleet.yaml"}
-    assert set(kustomization["resources"]) == beside
-    named = {image["name"] for image in kustomization["images"]}
-    used = {
-        rules.container(group)["image"].rpartition(":")[0]
-        for manifest in MANIFESTS.values()
-        for _, group in rules.groups(_cluster_spec(manifest))
-    }
-    assert used == named
-
-
-def test_each_object_carries_its_component() -> None:
-    kustomization = DOCUMENTS["kustomization.yaml"]
-    labels = [DOCUMENTS[name]["metadata"]["labels"] for name in kustomization["resources"]]
-    labels += [item["options"]["labels"] for item in kustomization["configMapGenerator"]]
-    components = {item["app.kubernetes.io/component"] for item in labels}
-    assert components == {"storage", "cluster", "train", "serve"}
-    assert {item["app.kubernetes.io/part-of"] for item in labels} == {"raybooth"}
+# ------------------------------------------------------------------ the image
 
 
 def test_image_installs_the_pinned_versions() -> None:
