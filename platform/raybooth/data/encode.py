@@ -49,10 +49,10 @@ def encode_subject(
 ) -> SubjectTensors:
     """The subject's posterior latents and embedding, from `cache_root` when they are there.
 
-    Keyed by all that decides them: base, dtype, kind of device, the photos' bytes in order, resolution, crop and
-    prompt. `priors` must hold the subject's prior (make it first) when the subject has one.
-    Raises SubjectError for a photo, PriorError for the prior, TrainingError when the cache cannot
-    be written.
+    Keyed by all that decides them: base, dtype, kind of device, the photos' bytes in order,
+    resolution, crop and prompt. `priors` must hold the subject's prior (make it first) when the
+    subject has one. Raises SubjectError for a photo, PriorError for the prior, TrainingError when
+    the cache cannot be written.
     """
     photo_digests = tuple(photo_digest(path) for path in subject.images)
     digest = _digest(base, subject, photo_digests)
