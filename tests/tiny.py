@@ -1,4 +1,4 @@
-"""A whole Stable-Diffusion-layout base of random weights, small enough to be written in every test."""
+"""A whole base in Stable Diffusion's layout, of random weights: small enough for every test."""
 
 from __future__ import annotations
 

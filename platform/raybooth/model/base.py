@@ -1,4 +1,4 @@
-"""Any base: a pretrained text-to-image model in diffusers' layout, frozen, and known by a fingerprint.
+"""Any base: a pretrained text-to-image model in diffusers' layout, frozen, with a fingerprint.
 
 Shapes: B rows or images, C channels, H W size, N prompts.
 """
@@ -6,7 +6,7 @@ Shapes: B rows or images, C channels, H W size, N prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,19 @@ from raybooth.model.families import Conditioning, Family, find_family
 from raybooth.model.fingerprint import WEIGHTS, fingerprint_base, read_json, weight_files
 
 __all__ = [
-    *("Base", "Conditioning", "Family", "resolve_base", "fingerprint_base", "load_base"),
-    *("load_tokenizer", "token_split", "cut_tokens", "encode_prompts", "encode_images"),
-    *("decode_latents", "predict"),
+    "Base",
+    "Conditioning",
+    "Family",
+    "cut_tokens",
+    "decode_latents",
+    "encode_images",
+    "encode_prompts",
+    "fingerprint_base",
+    "load_base",
+    "load_tokenizer",
+    "predict",
+    "resolve_base",
+    "token_split",
 ]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -59,7 +69,7 @@ class Base:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a latent's side."""
-        return 2 ** (len(_config(self.vae).block_out_channels) - 1)
+        return 1 << (len(_config(self.vae).block_out_channels) - 1)
 
     @property
     def native_resolution(self) -> int:
@@ -130,7 +140,7 @@ def load_base(
     side_dtype = torch.float32 if device.type == "cpu" else dtype
     vae_dtype = torch.float32 if side_dtype == torch.float16 else side_dtype
     text_encoder = family.load_text_encoder(folder, side_dtype)
-    positions = text_encoder.config.max_position_embeddings
+    positions = _config(text_encoder).max_position_embeddings
     if tokenizer.model_max_length > positions:
         found = f"{tokenizer.model_max_length} tokens, {positions} positions"
         raise BaseModelError("the base's tokenizer does not fit its text encoder", found)
@@ -225,7 +235,7 @@ def _family(folder: Path) -> Family:
 
 def _fetch(source: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(

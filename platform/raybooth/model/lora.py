@@ -110,7 +110,7 @@ def adapter_parameters(sites: Iterable[Site], rank: int) -> int:
 
 
 def to_diffusers_keys(tensors: AdapterTensors, scale: float) -> dict[str, Tensor]:
-    """Classic keys `unet.<site>.lora.{down,up}.weight` in fp32, `scale` folded into B (no alpha)."""
+    """Classic keys `unet.<site>.lora.{down,up}.weight`, fp32, `scale` folded into B, no alpha."""
     state: dict[str, Tensor] = {}
     for name, pair in tensors.items():
         down = pair.down.detach().to("cpu", torch.float32)
@@ -159,7 +159,7 @@ def load_adapter(path: Path) -> AdapterTensors:
     """The pairs of a safetensors file, scale 1; BaseModelError when it is damaged or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BaseModelError(f"{path} is not a readable safetensors file", str(error)) from error
     return from_diffusers_keys(state)

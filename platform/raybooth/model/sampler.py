@@ -117,7 +117,8 @@ def denoise_step(
     """
     num_rows = len(rows)
     bucket = num_rows if bucket is None else bucket
-    assert 0 < num_rows <= bucket and not any(row.done for row in rows)
+    assert 0 < num_rows <= bucket
+    assert not any(row.done for row in rows)
     latents_RCHW = _stacked([row.latents_CHW for row in rows], bucket)
     x0_prev_RCHW = torch.stack([row.x0_prev_CHW for row in rows])
     coefficients = torch.tensor(
@@ -142,7 +143,7 @@ def denoise_step(
         timesteps_R.repeat_interleave(2, 0),
         _conditioning(rows, bucket),
     ).float()
-    uncond_RCHW, cond_RCHW = out_BCHW.unflatten(0, (bucket, 2))[:num_rows].unbind(1)
+    uncond_RCHW, cond_RCHW = out_BCHW[0 : 2 * num_rows : 2], out_BCHW[1 : 2 * num_rows : 2]
     guided = uncond_RCHW + guidance * (cond_RCHW - uncond_RCHW)
     m = torch.where(guidance > 1.0, guided, cond_RCHW)
     x0 = a * x + b * m

@@ -1,4 +1,4 @@
-"""x0 = a x + b m; e = c x + d m; x' = cx x + c0 x0 + ce e + ch x0_prev: every solver is one row update.
+"""x0 = a x + b m; e = c x + d m; x' = cx x + c0 x0 + ce e + ch x0_prev: one update for all solvers.
 
 x is the latent, m the denoiser's guided output, x0 the clean latent that it implies, e the noise
 (DDIM: Song et al. 2021; Euler: Karras et al. 2022; DPM-Solver++ 2M: Lu et al. 2022). A plan holds
@@ -14,8 +14,8 @@ The same image in diffusers, `config` being `pipe.scheduler.config` of the loade
                  solver_order=2, solver_type="midpoint", lower_order_final=True,
                  euler_at_final=False, final_sigmas_type="zero", thresholding=False)
 
-then `pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), ...)`. Timestep spacing, steps
-offset and zero-terminal-SNR rescaling are the base's own.
+then `pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), ...)`. Timestep spacing,
+steps offset and zero-terminal-SNR rescaling are the base's own.
 """
 
 from __future__ import annotations

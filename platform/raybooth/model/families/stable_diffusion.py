@@ -32,8 +32,8 @@ class StableDiffusion:
 
     def load_denoiser(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`unet/`; refuses inpainting and other U-Nets that take more than latents."""
-        unet = _load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
-        config = unet.config
+        unet: nn.Module = _load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
+        config: Any = unet.config
         if config.in_channels != config.out_channels or config.time_cond_proj_dim is not None:
             found = f"{config.in_channels} channels in, {config.out_channels} out"
             do = "use the plain text-to-image base"
@@ -42,15 +42,16 @@ class StableDiffusion:
 
     def load_vae(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`vae/`."""
-        return _load_diffusers(AutoencoderKL, folder, "vae", dtype)
+        vae: nn.Module = _load_diffusers(AutoencoderKL, folder, "vae", dtype)
+        return vae
 
     def load_text_encoder(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """`text_encoder/`, with or without the `text_model.` in its keys (transformers 5.6 renamed them)."""
+        """`text_encoder/`, its keys with or without `text_model.` (transformers 5.6 dropped it)."""
         part = folder / "text_encoder"
         try:
             config = CLIPTextConfig.from_pretrained(part, local_files_only=True)
             with torch.random.fork_rng(devices=[]):
-                encoder = CLIPTextModel(config)
+                encoder: nn.Module = CLIPTextModel(config)
             state = {}
             for file in weight_files(part, WEIGHTS["text_encoder"]):
                 state.update(load_file(file))
@@ -87,7 +88,7 @@ class StableDiffusion:
         return tokenizer
 
     def read_scheduler_config(self, folder: Path) -> dict[str, Any]:
-        """`scheduler/scheduler_config.json` as StableDiffusionPipeline mends it (steps_offset 1, no clipping)."""
+        """`scheduler/`, with what StableDiffusionPipeline forces: steps_offset 1, no clipping."""
         file = folder / "scheduler" / "scheduler_config.json"
         config = read_json(file)
         prediction = config.setdefault("prediction_type", "epsilon")
@@ -103,7 +104,7 @@ class StableDiffusion:
     def encode_prompts(
         self, tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """{"encoder_hidden_states": [N, T, D]}: last hidden state, padded to T, no attention mask."""
+        """{"encoder_hidden_states": [N, T, D]}: last hidden state, padded to T, no mask."""
         device = next(text_encoder.parameters()).device
         use_mask = getattr(text_encoder.config, "use_attention_mask", False)
         states: list[Tensor] = []
