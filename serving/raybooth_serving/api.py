@@ -1,0 +1,170 @@
+"""Wire schemas of `/v1/images/generations` and `/v1/models`, as the `openai` clients speak them.
+
+Unknown keys are refused. Keys of OpenAI's that have no effect here are accepted at their default
+value only; our own (guidance_scale, solver, ...) travel in the client's `extra_body`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raybooth.config import LimitsConfig, Solver
+from raybooth.errors import RequestError
+
+MAX_SEED = 2**63 - 1
+
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "quality": ("auto", "standard"),
+    "style": ("vivid",),
+    "background": ("auto", "opaque"),
+    "moderation": ("auto",),
+    "output_format": ("png",),
+    "output_compression": (100,),
+    "stream": (False,),
+    "partial_images": (0,),
+}
+"""OpenAI's keys that change nothing here, and the values that ask for nothing."""
+
+
+class ImagesRequest(BaseModel):
+    """The body of `POST /v1/images/generations`; a key that is null counts as not given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field(min_length=1, max_length=256)
+    """`subject`, `subject@version`, `subject@alias`, or the base's own name."""
+
+    prompt: str = Field(min_length=1)
+    n: int = Field(1, ge=1)
+    size: str = "auto"
+    """`WIDTHxHEIGHT` in pixels, or `auto` for the base's native size."""
+
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    """`url` answers data URLs."""
+
+    user: str | None = None
+    """Accepted and not used."""
+
+    quality: str | None = None
+    style: str | None = None
+    background: str | None = None
+    moderation: str | None = None
+    output_format: str | None = None
+    output_compression: int | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
+
+    negative_prompt: str = ""
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    """Of the first image; image i has seed + i. None draws one, which the answer tells."""
+
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    solver: Solver | None = None
+    adapter_scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if value is not None}
+        return values
+
+
+class ImageData(BaseModel):
+    """One image of an answer; `seed` reproduces it with n = 1."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The answer of `POST /v1/images/generations`."""
+
+    created: int
+    data: list[ImageData]
+    size: str
+    output_format: Literal["png"] = "png"
+    model: str
+    """`subject@version` as served, or the base's name."""
+
+
+class ModelCard(BaseModel):
+    """One line of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not 2xx."""
+
+    error: ErrorDetail
+
+
+class ParameterError(RequestError):
+    """One parameter of a request cannot be used; `param` is its name."""
+
+    def __init__(self, param: str, what: str, found: str = "", do: str = "") -> None:
+        Exception.__init__(self, param, what, found, do)
+        self.param, self.what, self.found, self.do = param, what, found, do
+
+
+def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
+    """Raises ParameterError for the first value that this endpoint does not take."""
+    for name, accepted in NO_EFFECT.items():
+        value = getattr(request, name)
+        if value is not None and value not in accepted:
+            do = f"leave it out, or send {' or '.join(map(repr, accepted))}"
+            raise ParameterError(name, f"{name} has no effect here", repr(value), do)
+    _at_most("n", request.n, limits.max_images)
+    _at_most("num_inference_steps", request.num_inference_steps, limits.max_inference_steps)
+    _at_most("guidance_scale", request.guidance_scale, limits.max_guidance_scale)
+    for name in ("prompt", "negative_prompt"):
+        text: str = getattr(request, name)
+        if len(text) > limits.max_prompt_characters:
+            do = f"use at most {limits.max_prompt_characters} characters"
+            raise ParameterError(name, f"{name} is too long", f"{len(text)} characters", do)
+        if "\x00" in text:
+            raise ParameterError(name, f"{name} holds a NUL character", "", "remove it")
+    if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
+        do = f"seed + n - 1 may be at most {MAX_SEED}"
+        raise ParameterError("seed", "seed is too large for n images", str(request.seed), do)
+
+
+def parse_size(size: str, native: int) -> tuple[int, int]:
+    """(width, height) of `WIDTHxHEIGHT` or `auto`; raises ParameterError."""
+    if size == "auto":
+        return native, native
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if match is None:
+        do = f"use WIDTHxHEIGHT such as {native}x{native}, or auto"
+        raise ParameterError("size", "size is not understood", repr(size[:40]), do)
+    return int(match[1]), int(match[2])
+
+
+def _at_most(name: str, value: float | None, most: float) -> None:
+    if value is not None and value > most:
+        raise ParameterError(name, f"{name} is too large", str(value), f"use at most {most:g}")

@@ -1,0 +1,58 @@
+"""A small client of the endpoint in the standard library; `openai`'s own client works as well."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from raybooth.errors import ServingError
+
+
+class Client:
+    """Calls the endpoint at `url`, for example http://127.0.0.1:8000."""
+
+    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+
+    def generate(self, model: str, prompt: str, **parameters: Any) -> list[bytes]:
+        """PNG images of `prompt`; parameters are those of POST /v1/images/generations.
+
+        Raises ServingError with the endpoint's own words.
+        """
+        body = {"model": model, "prompt": prompt, **parameters, "response_format": "b64_json"}
+        answer = self._call("/v1/images/generations", body)
+        return [base64.b64decode(image["b64_json"]) for image in answer["data"]]
+
+    def models(self) -> list[str]:
+        """Names that can be asked for."""
+        return [card["id"] for card in self._call("/v1/models")["data"]]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters of one engine replica."""
+        counted: dict[str, float] = self._call("/metrics.json")
+        return counted
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            found = _message(error.read()) or error.reason
+            raise ServingError(f"{path} answered {error.code}", found) from error
+        except OSError as error:
+            do = "is `raybooth serve` running?"
+            raise ServingError(f"{self.url} does not answer", str(error), do) from error
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode("utf-8", "replace")

@@ -1,0 +1,72 @@
+"""`raybooth serve`: every published subject behind one OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import time
+from typing import Any
+
+from raybooth.errors import InputError
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("serve", help="serve every published subject over HTTP")
+    parser.add_argument("--config", metavar="FILE", help="a file of configs/serve (name or path)")
+    parser.add_argument("--host", help="address to listen at (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen at (default 8000; 0: any free)")
+    parser.add_argument("--base", help="`pocket`, a folder in diffusers' layout, or a Hub id")
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from raybooth.config import ServeConfig, find_config, load_config, parse_config
+    from raybooth.home import home
+
+    given = {"host": arguments.host, "port": arguments.port, "base": arguments.base}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if arguments.config is None:
+        config = parse_config(ServeConfig, overrides, "the command line")
+    else:
+        config = load_config(ServeConfig, find_config("serve", arguments.config), overrides)
+    root = home()
+
+    from raybooth.model.base import resolve_base
+    from raybooth.model.fingerprint import fingerprint_base
+
+    folder = resolve_base(config.base, config.revision)
+    if folder.name and config.base != "pocket" and config.revision is None:
+        config = config.model_copy(update={"base": str(folder)})
+    config = config.model_copy(update={"port": free_port(config.host, config.port)})
+    fingerprint = fingerprint_base(folder)
+
+    from raybooth.store import Store
+    from raybooth_serving.app import check_running, deployed
+    from raybooth_serving.catalog import Catalog
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stop cleanly
+    print(f"starting Ray Serve with base {config.base} ...", flush=True)
+    with deployed(config, root) as url:
+        count = Catalog(Store(root / "models"), config.base, fingerprint).count_subjects()
+        noun = "subject" if count == 1 else "subjects"
+        print(f"RayBooth serves {count} {noun} at {url}", flush=True)
+        while True:
+            time.sleep(5)
+            check_running()
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0; raises InputError when it cannot be listened at."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            found = error.strerror or str(error)
+            do = "choose another with --port, or stop what listens there"
+            raise InputError(f"cannot listen at {host}:{port}", found, do) from error
+        free: int = probe.getsockname()[1]
+        return free

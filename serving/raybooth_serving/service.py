@@ -1,0 +1,137 @@
+"""One base, its catalog and its engine behind the API's own words; knows neither HTTP nor Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from pathlib import Path
+
+import torch
+
+from raybooth.config import Precision, ServeConfig
+from raybooth.model.base import Base, cut_tokens, load_base
+from raybooth.model.sampler import SampleRequest
+from raybooth.store import Store
+from raybooth_serving.api import (
+    ImageData,
+    ImagesRequest,
+    ImagesResponse,
+    ModelList,
+    ParameterError,
+    check_limits,
+    parse_size,
+)
+from raybooth_serving.catalog import Catalog
+from raybooth_serving.engine import Engine, GeneratedImage
+from raybooth_serving.errors import DeadlineError
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class Service:
+    """Answers requests from one replica's engine."""
+
+    def __init__(self, base: Base, store: Store, config: ServeConfig) -> None:
+        self.base = base
+        self.config = config
+        self.name = base_name(base)
+        self.catalog = Catalog(store, self.name, base.fingerprint)
+        self.engine = Engine(base, store, config.engine)
+
+    @classmethod
+    def start(cls, config: ServeConfig, store: Store) -> Service:
+        """Load the base of `config` onto the device that there is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = DTYPES[config.precision]
+        base = load_base(config.base, revision=config.revision, device=device, dtype=dtype)
+        return cls(base, store, config)
+
+    async def generate(self, request: ImagesRequest) -> ImagesResponse:
+        """The images of `request`, or the error that says why not."""
+        check_limits(request, self.config.limits)
+        record = await asyncio.to_thread(self.catalog.resolve, request.model)
+        samples = self._samples(request)
+        timeout_s = self.config.limits.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                images = await self.engine.generate(record, samples)
+        except TimeoutError as error:
+            what, do = "the images took too long", "ask for fewer or smaller images"
+            raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
+        return ImagesResponse(
+            created=int(time.time()),
+            data=[_data(image, request.response_format) for image in images],
+            size=f"{samples[0].width}x{samples[0].height}",
+            model=self.name if record is None else record.reference,
+        )
+
+    async def models(self, with_versions: bool) -> ModelList:
+        """What can be asked for now."""
+        cards = await asyncio.to_thread(self.catalog.cards, with_versions=with_versions)
+        return ModelList(data=cards)
+
+    async def metrics(self) -> dict[str, float]:
+        """The engine's counters."""
+        return self.engine.snapshot()
+
+    async def check_health(self) -> None:
+        """Raises ServingError when the engine has died."""
+        self.engine.check_health()
+
+    def _samples(self, request: ImagesRequest) -> list[SampleRequest]:
+        """One for each image; raises ParameterError for what the base cannot make."""
+        defaults = self.config.defaults
+        width, height = parse_size(request.size, self.base.native_resolution)
+        self._check_pixels(width, height)
+        for name in ("prompt", "negative_prompt"):
+            cut = cut_tokens(self.base.tokenizer, getattr(request, name))
+            if cut:
+                found = f"these tokens would be cut: {' '.join(cut[:20])}{' ...' * (len(cut) > 20)}"
+                raise ParameterError(name, f"{name} is too long for this base", found, "shorten it")
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        guidance, solver = request.guidance_scale, request.solver
+        return [
+            SampleRequest(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                seed=seed + index,
+                num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+                guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+                solver=solver or defaults.solver,
+                height=height,
+                width=width,
+                adapter_scale=request.adapter_scale,
+            )
+            for index in range(request.n)
+        ]
+
+    def _check_pixels(self, width: int, height: int) -> None:
+        native = self.base.native_resolution
+        limit = self.config.limits.max_pixels or 4 * native * native
+        unit = self.base.vae_scale_factor
+        found = f"{width}x{height}"
+        if width % unit or height % unit:
+            what = f"this base makes sides that are multiples of {unit}"
+            raise ParameterError("size", what, found, f"for example {native}x{native}")
+        if width * height > limit:
+            what = f"this endpoint makes at most {limit} pixels"
+            raise ParameterError("size", what, found, f"for example {native}x{native}")
+
+
+def base_name(base: Base) -> str:
+    """What requests call the base: `pocket`, a Hub id, or the name of its folder."""
+    is_folder = Path(base.name).expanduser().resolve() == base.folder
+    return base.folder.name if is_folder else base.name
+
+
+def _data(image: GeneratedImage, form: str) -> ImageData:
+    text = base64.b64encode(image.png).decode("ascii")
+    if form == "url":
+        return ImageData(url=f"data:image/png;base64,{text}", seed=image.seed)
+    return ImageData(b64_json=text, seed=image.seed)
