@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from raybooth.fleet.planner import Capacity, NodeCapacity
@@ -39,3 +40,28 @@ def _num_gpus() -> int:
         return present
     names = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return min(present, len(names))
+
+
+def prepare_environment() -> None:
+    """Settings that Ray reads when it is imported: quiet, quick, no open doors.
+
+    A local Ray gets a token of its own that no file holds; what the caller has set stays.
+    """
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+_RAY_SETTINGS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_killing_policy_by_group": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}

@@ -77,19 +77,22 @@ class PriorProgress:
 class Progress:
     """Everything that the live view shows; changed by events alone."""
 
-    def __init__(self, jobs: Iterable[JobProgress], plan: FleetPlan) -> None:
+    def __init__(self, jobs: Iterable[JobProgress]) -> None:
         self.started = time.time()
         self.jobs = {job.job_id: job for job in jobs}
-        self.priors = {
-            prior.need.digest: PriorProgress(
+        self.priors: dict[str, PriorProgress] = {}
+
+    def take_plan(self, plan: FleetPlan) -> None:
+        """The priors of a plan, with what the cache holds of them."""
+        for prior in plan.priors:
+            num_cached = min(prior.need.num_cached, prior.need.num_images)
+            self.priors[prior.need.digest] = PriorProgress(
                 digest=prior.need.digest,
                 class_prompt=prior.need.class_prompt,
                 num_wanted=prior.need.num_images,
-                num_done=min(prior.need.num_cached, prior.need.num_images),
-                num_cached=min(prior.need.num_cached, prior.need.num_images),
+                num_done=num_cached,
+                num_cached=num_cached,
             )
-            for prior in plan.priors
-        }
 
     def apply(self, event: Event) -> None:
         """Takes an event in."""

@@ -26,7 +26,7 @@ MOVES: Mapping[JobState, frozenset[JobState]] = {
     "queued": frozenset({"waiting_prior", "running", "published", "failed", "cancelled"}),
     "waiting_prior": frozenset({"queued", "running", "published", "failed", "cancelled"}),
     "running": frozenset({"publishing", "published", "queued", "failed", "cancelled"}),
-    "publishing": frozenset({"published", "queued", "failed"}),
+    "publishing": frozenset({"published", "running", "queued", "failed"}),  # its worker died
     "published": frozenset({"queued"}),  # the model was deleted from the store: train again
     "failed": frozenset({"queued", "published"}),
     "cancelled": frozenset({"queued", "published"}),
