@@ -1,4 +1,4 @@
-"""The training loop of one pack: resume, step, checkpoint, hand over finished slots. Free of Ray."""
+"""The training loop of one pack: resume, step, checkpoint, hand over finished slots; no Ray."""
 
 from __future__ import annotations
 

@@ -27,13 +27,13 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     known = {key: value for key, value in scheduler_config.items() if key in _SCHEDULE_KEYS}
-    scheduler = DDPMScheduler(**known)
-    return scheduler.alphas_cumprod.clone()
+    alpha_bar_T: Tensor = DDPMScheduler(**known).alphas_cumprod
+    return alpha_bar_T.clone()
 
 
 def snr(alpha_bar: Tensor) -> Tensor:
-    """SNR = alpha_bar / (1 - alpha_bar); zero and infinity are allowed."""
-    return alpha_bar / (1.0 - alpha_bar)
+    """SNR = alpha_bar / (1 - alpha_bar), rounded as diffusers' compute_snr; may be 0 or inf."""
+    return (alpha_bar.sqrt() / (1.0 - alpha_bar).sqrt()).square()
 
 
 def snr_weights(alpha_bar: Tensor, gamma: float | None, prediction_type: str) -> Tensor:
@@ -47,7 +47,7 @@ def snr_weights(alpha_bar: Tensor, gamma: float | None, prediction_type: str) ->
         return torch.ones_like(alpha_bar)
     snr_ = snr(alpha_bar)
     if prediction_type == "epsilon":
-        return (gamma / snr_).clamp(max=1.0)
+        return (torch.full_like(snr_, gamma) / snr_).clamp(max=1.0)
     return snr_.clamp(max=gamma) / (snr_ + 1.0)
 
 

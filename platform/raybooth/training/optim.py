@@ -107,7 +107,8 @@ class SlotAdamW:
         entry = self._slots[slot]
         if entry.eight is not None:
             return entry.eight.state()
-        assert self._exp_avg_SP is not None and self._exp_avg_sq_SP is not None
+        assert self._exp_avg_SP is not None
+        assert self._exp_avg_sq_SP is not None
         return {
             "exp_avg": self._exp_avg_SP[slot, entry.index_N].cpu(),
             "exp_avg_sq": self._exp_avg_sq_SP[slot, entry.index_N].cpu(),
@@ -128,7 +129,8 @@ class SlotAdamW:
     def _step_rows(self, grad_SP: Tensor, updates: list[SlotUpdate]) -> None:
         """All 32-bit slots at once; the columns of a resting slot make every line a no-op."""
         m_SP, v_SP = self._exp_avg_SP, self._exp_avg_sq_SP
-        assert m_SP is not None and v_SP is not None
+        assert m_SP is not None
+        assert v_SP is not None
         columns = [_RESTING] * self._flat_SP.shape[0]
         for update in updates:
             columns[update.slot] = self._slots[update.slot].columns(update)

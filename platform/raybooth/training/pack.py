@@ -6,12 +6,11 @@ adapter), P parameters of a bank row, N parameters of a slot in its own layout, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ from raybooth.model.base import Base, predict
 from raybooth.model.lora import AdapterTensors, find_sites
 from raybooth.training import objective
 from raybooth.training.checkpoint import SlotState, snapshot
-from raybooth.training.optim import BLOCK_SIZE, SlotAdamW, SlotUpdate, clip_coefficient, lr_at
+from raybooth.training.layout import SlotLayout
+from raybooth.training.optim import SlotAdamW, SlotUpdate, clip_coefficient, lr_at
 
 Status = Literal["running", "finished", "failed", "cancelled"]
 
@@ -178,7 +178,7 @@ class Pack:
         timesteps_B = torch.cat([b.timesteps_B for b in batches]).to(device, non_blocking=True)
         alpha_bar_B = self._alpha_bar_T[timesteps_B]
         noisy_BCHW = objective.add_noise(latents_BCHW, noise_BCHW, alpha_bar_B)
-        self.bank.route(rows.slot_B)
+        self.bank.route(rows.route_B)
         with self._autocast():
             prediction_BCHW = predict(self._base, noisy_BCHW, timesteps_B, rows.conditioning)
         target_BCHW = objective.target(latents_BCHW, noise_BCHW, alpha_bar_B, kind)
@@ -268,10 +268,13 @@ class Pack:
             name: torch.cat([batch.conditioning[name] for batch in batches]).to(device, base.dtype)
             for name in batches[0].conditioning
         }
-        slots = [e.slot for e, b in zip(entries, batches, strict=True) for _ in b.is_prior_B]
+        route_B = torch.tensor(
+            [e.slot for e, batch in zip(entries, batches, strict=True) for _ in batch.is_prior_B]
+        )
         return _Rows(
             active_A=torch.tensor([entry.slot for entry in entries], device=device),
-            slot_B=torch.tensor(slots, device=device),
+            route_B=route_B,
+            slot_B=route_B.to(device),
             is_prior_B=torch.cat([batch.is_prior_B for batch in batches]).to(device),
             conditioning=conditioning,
         )
@@ -292,7 +295,7 @@ class Pack:
         adapter = job.train.adapter
         generator = stream(job.seed, job.subject_id, 0, "init")
         self.bank.init(slot, adapter.rank, adapter.scale, generator)
-        layout = _Layout.of(self.bank, adapter.rank)
+        layout = SlotLayout.of(self.bank, adapter.rank)
         entry = _Entry(slot, job, layout, loss_scale=1.0)
         if self._precision == "fp16":
             entry.loss_scale = FIRST_LOSS_SCALE
@@ -323,35 +326,13 @@ class Pack:
         return entry
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where a slot's own parameters lie in a bank row: site by site, down then up."""
-
-    index_N: Tensor
-    digest: str
-
-    @property
-    def size(self) -> int:
-        return -(-self.index_N.shape[0] // BLOCK_SIZE) * BLOCK_SIZE
-
-    @classmethod
-    def of(cls, bank: Bank, rank: int) -> _Layout:
-        device = bank.flat_SP.device
-        places_P = torch.arange(bank.slot_size, dtype=torch.float64, device=device)
-        tensors = bank.unflatten(places_P, rank)
-        parts = [part for pair in tensors.values() for part in pair]
-        shapes = [(name, [tuple(part.shape) for part in pair]) for name, pair in tensors.items()]
-        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
-        return cls(torch.cat([part.flatten() for part in parts]).long(), digest)
-
-
 @dataclass(slots=True)
 class _Entry:
     """One slot of the pack as it stands."""
 
     slot: int
     job: SlotJob
-    layout: _Layout
+    layout: SlotLayout
     loss_scale: float
     good_steps: int = 0
     train_step: int = 0
@@ -376,9 +357,10 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What the rows of the active slots are, on the device."""
+    """What the rows of the active slots are, on the device (`route_B` on the CPU)."""
 
     active_A: Tensor
+    route_B: Tensor
     slot_B: Tensor
     is_prior_B: Tensor
     conditioning: dict[str, Tensor]
@@ -390,7 +372,7 @@ def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
     names = [job.job_id for job in jobs]
     if len(set(names)) != len(names):
         raise ConfigError("the job ids of a pack must differ", ", ".join(names), "name each once")
-    shared = {
+    shared: dict[str, set[Any]] = {
         "resolution": {job.train.resolution for job in jobs},
         "precision": {job.train.precision for job in jobs},
         "adapter.targets": {job.train.adapter.targets for job in jobs},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ def _loss(
     train_step: int,
 ) -> Tensor:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.training_utils import compute_snr
 
     scheduler = DDPMScheduler.from_config(dict(base.scheduler_config))
     batch = make_slot_batch(
@@ -95,7 +97,6 @@ def _loss(
         scaling_factor=base.scaling_factor,
         latent_dtype=base.dtype,
     )
-    # The schedule in the base's precision, or add_noise would round it to the samples' anyway.
     x0_BCHW, noise_BCHW = batch.latents_BCHW.to(base.device), batch.noise_BCHW.to(base.device)
     t_B = batch.timesteps_B.to(base.device)
     noisy_BCHW = scheduler.add_noise(x0_BCHW, noise_BCHW, t_B)
@@ -108,14 +109,13 @@ def _loss(
     instance_B, prior_B = error_B[~batch.is_prior_B], error_B[batch.is_prior_B]
     gamma = train.objective.snr_gamma
     if gamma is not None:
-        alpha_bar_B = scheduler.alphas_cumprod.to(base.device)[t_B[~batch.is_prior_B]]
-        snr_B = alpha_bar_B / (1 - alpha_bar_B)
+        snr_B = compute_snr(scheduler, t_B[~batch.is_prior_B])
         divisor_B = snr_B if base.prediction_type == "epsilon" else snr_B + 1
         instance_B = instance_B * (snr_B.clamp(max=gamma) / divisor_B)
     loss = instance_B.mean()
     if len(prior_B):
         loss = loss + train.prior.loss_weight * prior_B.mean()
-    return loss
+    return cast(Tensor, loss)
 
 
 def _with_lora(
@@ -128,24 +128,23 @@ def _with_lora(
     rank = train.adapter.rank
     config = LoraConfig(
         r=rank,
-        lora_alpha=train.adapter.scale * rank,  # type: ignore[arg-type]
+        lora_alpha=train.adapter.scale * rank,
         target_modules=[site.name for site in sites],
         init_lora_weights="gaussian",
     )
     denoiser = copy.deepcopy(base.denoiser).requires_grad_(False)
     inject_adapter_in_model(config, denoiser)
-    denoiser.to(base.device, base.dtype)
     generator = stream(seed, subject_id, 0, "init")
     pairs: dict[str, LoraPair] = {}
     for site in sites:
-        module = denoiser.get_submodule(site.name)
-        down = module.lora_A["default"].weight  # type: ignore[index,union-attr]
-        up = module.lora_B["default"].weight  # type: ignore[index,union-attr]
+        module: Any = denoiser.get_submodule(site.name)
+        down: Tensor = module.lora_A["default"].to(base.device, base.dtype).weight
+        up: Tensor = module.lora_B["default"].to(base.device, base.dtype).weight
         initial = init_pair(site, rank, generator)
         with torch.no_grad():
-            down.copy_(initial.down)  # type: ignore[operator]
-            up.copy_(initial.up)  # type: ignore[operator]
-        pairs[site.name] = LoraPair(down, up)  # type: ignore[arg-type]
+            down.copy_(initial.down)
+            up.copy_(initial.up)
+        pairs[site.name] = LoraPair(down, up)
     return denoiser, pairs
 
 
@@ -155,9 +154,10 @@ def _schedule(
     from diffusers.optimization import get_scheduler
 
     name = train.optimizer.schedule
-    return get_scheduler(
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
         "constant_with_warmup" if name == "constant" else name,
         optimizer,
         num_warmup_steps=train.optimizer.warmup_steps,
         num_training_steps=train.num_train_steps,
     )
+    return schedule

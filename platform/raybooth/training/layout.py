@@ -1,0 +1,43 @@
+"""Where a slot's own parameters lie in a bank row that may be wider than the slot's rank.
+
+Shapes: P parameters of a padded bank row, N parameters of a slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raybooth.model.bank import Bank
+from raybooth.training.optim import BLOCK_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """row_P[index_N] is the slot site by site, down then up, whatever the bank's rank is.
+
+    So states and 8-bit blocks are the same in every pack.
+    """
+
+    index_N: Tensor
+    digest: str
+    """Of the site names and shapes, in order."""
+
+    @property
+    def size(self) -> int:
+        """N, padded to whole 8-bit blocks."""
+        return -(-self.index_N.shape[0] // BLOCK_SIZE) * BLOCK_SIZE
+
+    @classmethod
+    def of(cls, bank: Bank, rank: int) -> SlotLayout:
+        """The layout of a slot of `rank` in `bank`."""
+        device = bank.flat_SP.device
+        places_P = torch.arange(bank.slot_size, dtype=torch.float64, device=device)
+        tensors = bank.unflatten(places_P, rank)
+        parts = [part for pair in tensors.values() for part in pair]
+        shapes = [(name, [tuple(part.shape) for part in pair]) for name, pair in tensors.items()]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
+        return cls(torch.cat([part.flatten() for part in parts]).long(), digest)
