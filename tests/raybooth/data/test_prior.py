@@ -126,6 +126,7 @@ def test_growing_makes_only_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_key_of_its_own_has_a_prior_of_its_own(tmp_path: Path) -> None:
+    """Bug 8 of the peers: class images counted by file, whatever they showed."""
     cache, cat = PriorCache(tmp_path), dataclasses.replace(KEY, class_prompt="a photo of a cat")
     cache.ensure(KEY, 2, Generator())
     assert kept(cache.ensure(cat, 2, Generator(cat))) == (0, 2, 0)
@@ -214,18 +215,18 @@ def test_killed_half_way_keeps_what_is_whole(tmp_path: Path, kill_at: int) -> No
 
 
 def test_killed_at_any_moment_nothing_is_half_there(tmp_path: Path) -> None:
-    root, log, num_images = tmp_path / "priors", tmp_path / "log", 400
+    root, log, num_images = tmp_path / "priors", tmp_path / "log", 150
     cache, num_before = PriorCache(root), 0
     for _ in range(3):
         process = start(root, log, num_images)
-        while process.poll() is None and cache.status(KEY).num_whole < num_before + 20:
+        while process.poll() is None and cache.status(KEY).num_whole < num_before + 12:
             time.sleep(0.01)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         status = cache.status(KEY)
         assert status.num_damaged == 0
-        assert status.num_whole >= num_before + 20
+        assert status.num_whole >= num_before + 12
         num_before = status.num_whole
     report = cache.ensure(KEY, num_images, Generator())
     assert kept(report) == (num_before, num_images - num_before, 0)
