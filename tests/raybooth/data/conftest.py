@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.tiny import write_tiny_base
 
 from raybooth.model.base import Base, load_base
-from tests.tiny import write_tiny_base
 
 
 @pytest.fixture(scope="session")

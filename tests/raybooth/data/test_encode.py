@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.tiny import write_tiny_base
 
 from raybooth.config import TrainConfig
 from raybooth.data.encode import SubjectTensors, encode_subject
@@ -18,7 +19,6 @@ from raybooth.data.prior_build import build_prior
 from raybooth.errors import PriorError, SubjectError, TrainingError
 from raybooth.model.base import Base, encode_images, encode_prompts, load_base
 from raybooth.subject import Subject
-from tests.tiny import write_tiny_base
 
 from .test_images import picture
 
