@@ -107,7 +107,7 @@ def plan_rows(scheduler_config: Mapping[str, Any], solver: str, num_steps: int) 
 def _plan_ddim(config: dict[str, Any], num_steps: int) -> RowPlan:
     scheduler = DDIMScheduler.from_config(config, **_DDIM)
     scheduler.set_timesteps(num_steps)
-    t = scheduler.timesteps.numpy()
+    t = scheduler.timesteps.numpy()[:num_steps]
     before = t - scheduler.config.num_train_timesteps // num_steps
     alpha_bars = scheduler.alphas_cumprod.double().numpy()
     alpha_bar = alpha_bars[t]
@@ -122,9 +122,9 @@ def _plan_ddim(config: dict[str, Any], num_steps: int) -> RowPlan:
 def _plan_euler(config: dict[str, Any], num_steps: int) -> RowPlan:
     scheduler = EulerDiscreteScheduler.from_config(config, **_EULER)
     scheduler.set_timesteps(num_steps)
-    sigmas = scheduler.sigmas.double().numpy()
+    sigmas = _sigmas(scheduler, num_steps)
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    t = scheduler.timesteps.double().numpy()
+    t = scheduler.timesteps.double().numpy()[:num_steps]
     zero, one = np.zeros(len(t)), np.ones(len(t))
     if _predicts_velocity(config):
         a, b = 1 / (sigma**2 + 1), -sigma / np.sqrt(sigma**2 + 1)
@@ -133,17 +133,17 @@ def _plan_euler(config: dict[str, Any], num_steps: int) -> RowPlan:
         a, b, c, d = one, -sigma, zero, one
     input_scale = 1 / np.sqrt(sigma**2 + 1)
     init_scale = float(scheduler.init_noise_sigma)
-    step = sigma_next - sigma
+    # x' = x + (sigma_next - sigma) e, without the cancellation: x = x0 + sigma e
     return RowPlan(
-        "euler", num_steps, t, init_scale, input_scale, a, b, c, d, one, zero, step, zero
+        "euler", num_steps, t, init_scale, input_scale, a, b, c, d, zero, one, sigma_next, zero
     )
 
 
 def _plan_dpmpp2m(config: dict[str, Any], num_steps: int) -> RowPlan:
     scheduler = DPMSolverMultistepScheduler.from_config(config, **_DPM)
     scheduler.set_timesteps(num_steps)
-    sigmas = scheduler.sigmas.double().numpy()
-    t = scheduler.timesteps.double().numpy()
+    sigmas = _sigmas(scheduler, num_steps)
+    t = scheduler.timesteps.double().numpy()[:num_steps]
     alphas = 1 / np.sqrt(sigmas**2 + 1)
     noises = sigmas * alphas
     a, b, c, d = _x0_and_noise(config, alphas[:-1], noises[:-1])
@@ -155,6 +155,17 @@ def _plan_dpmpp2m(config: dict[str, Any], num_steps: int) -> RowPlan:
     zero, one = np.zeros(len(t)), np.ones(len(t))
     cx, c0, ch = noises[1:] / noises[:-1], weight * (1 + second), -weight * second
     return RowPlan("dpmpp2m", num_steps, t, 1.0, one, a, b, c, d, cx, c0, zero, ch)
+
+
+def _sigmas(scheduler: Any, num_steps: int) -> Floats:
+    """[num_steps + 1], the last 0.
+
+    Under trailing spacing diffusers makes one step too many, at timestep -1, for 62 of the step
+    counts up to 1000 (61, 103, 121, ...): rounding in its `arange`. That step is left out.
+    """
+    sigmas: Floats = scheduler.sigmas.double().numpy()[: num_steps + 1].copy()
+    sigmas[num_steps] = 0.0
+    return sigmas
 
 
 def _x0_and_noise(

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from tests.tiny import write_tiny_base
 from torch import Tensor
 
 from raybooth.errors import BaseModelError
 from raybooth.model.bank import BLOCK, Bank
 from raybooth.model.lora import AdapterTensors, LoraPair, Site, find_sites
-from tests.tiny import write_tiny_base
 
 RANK = 4
 
