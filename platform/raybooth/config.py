@@ -250,7 +250,19 @@ class EngineConfig(Strict):
     """Images denoised together, padded up to the next of these."""
 
     max_queued_images: int = Field(256, ge=1)
+    """Images that may wait; a request beyond them is refused (429)."""
+
     max_prompt_cache: int = Field(4096, ge=1)
+    """Prompt embeddings kept in memory."""
+
+    max_host_adapters: int = Field(1024, ge=1)
+    """Adapters kept in host memory, ready to be written to a slot."""
+
+    @model_validator(mode="after")
+    def _buckets_ascend(self) -> Self:
+        if not self.row_buckets or list(self.row_buckets) != sorted(set(self.row_buckets)):
+            raise ValueError(f"row_buckets is {list(self.row_buckets)}; list them ascending")
+        return self
 
 
 class LimitsConfig(Strict):
@@ -260,7 +272,13 @@ class LimitsConfig(Strict):
     max_inference_steps: int = Field(150, ge=1)
     max_guidance_scale: float = Field(30.0, ge=1)
     max_prompt_characters: int = Field(2000, ge=1)
-    max_pixels: int = Field(1024 * 1024, ge=64)
+    max_pixels: int | None = Field(None, ge=64)
+    """Width times height; none means four times the base's native size."""
+
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_requests: int = Field(1024, ge=1)
+    """HTTP requests in progress at one gateway."""
+
     timeout_s: float = Field(600.0, gt=0)
 
 

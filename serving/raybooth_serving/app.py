@@ -36,7 +36,6 @@ from raybooth_serving.api import ImagesRequest, ImagesResponse, ModelList
 from raybooth_serving.errors import QueueFullError
 from raybooth_serving.metrics import StepReport
 from raybooth_serving.routes import make_app
-from raybooth_serving.service import Service
 
 Result = TypeVar("Result")
 
@@ -51,6 +50,8 @@ class EngineReplica:
 
     def __init__(self, config: Mapping[str, Any], root: str) -> None:
         parsed = parse_config(ServeConfig, config, "the engine's config")
+        from raybooth_serving.service import Service  # torch is for engines, not for gateways
+
         self.service = Service.start(parsed, Store(Path(root) / "models"))
         self.service.engine.metrics.observers.append(_StepMetrics())
 

@@ -6,6 +6,7 @@ import argparse
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from raybooth.errors import InputError
@@ -33,28 +34,41 @@ def _serve(arguments: argparse.Namespace) -> int:
         config = load_config(ServeConfig, find_config("serve", arguments.config), overrides)
     root = home()
 
-    from raybooth.model.base import resolve_base
+    port = free_port(config.host, config.port)
+    folder = _base_folder(config.base, config.revision)
+    is_path = config.base != "pocket" and config.revision is None
+    base = str(folder) if is_path else config.base  # replicas run in folders of their own
+    config = config.model_copy(update={"port": port, "base": base})
+
     from raybooth.model.fingerprint import fingerprint_base
-
-    folder = resolve_base(config.base, config.revision)
-    if folder.name and config.base != "pocket" and config.revision is None:
-        config = config.model_copy(update={"base": str(folder)})
-    config = config.model_copy(update={"port": free_port(config.host, config.port)})
-    fingerprint = fingerprint_base(folder)
-
     from raybooth.store import Store
     from raybooth_serving.app import check_running, deployed
     from raybooth_serving.catalog import Catalog
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stop cleanly
+    catalog = Catalog(Store(root / "models"), config.base, fingerprint_base(folder))
     print(f"starting Ray Serve with base {config.base} ...", flush=True)
     with deployed(config, root) as url:
-        count = Catalog(Store(root / "models"), config.base, fingerprint).count_subjects()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
+        count = catalog.count_subjects()
         noun = "subject" if count == 1 else "subjects"
         print(f"RayBooth serves {count} {noun} at {url}", flush=True)
         while True:
             time.sleep(5)
             check_running()
+
+
+def _base_folder(base: str, revision: str | None) -> Path:
+    """The folder of a base; torch and diffusers are only imported to ask the Hub."""
+    if base == "pocket":
+        from raybooth import pocket
+
+        return pocket.path()
+    folder = Path(base).expanduser().resolve()
+    if folder.is_dir() and revision is None:
+        return folder
+    from raybooth.model.base import resolve_base
+
+    return resolve_base(base, revision)
 
 
 def free_port(host: str, port: int) -> int:

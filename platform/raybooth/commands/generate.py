@@ -1,0 +1,203 @@
+"""`raybooth generate`: pictures of a subject, or of a base, sampled here without a server."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from raybooth.config import EngineConfig, SamplingDefaults
+from raybooth.errors import BaseModelError, InputError, NotPublishedError, RequestError, StoreError
+from raybooth.home import store_folder
+from raybooth.store import WEIGHTS, AdapterRecord, Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from raybooth.model.bank import Bank
+    from raybooth.model.base import Base
+    from raybooth.model.sampler import SampleRequest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 256
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="sample pictures of a subject, without a server",
+        description="Sample pictures of a published subject, or of a plain base by its name. "
+        "Image i of n has seed + i; more than one go into one grid.",
+    )
+    defaults = SamplingDefaults()
+    parser.add_argument("reference", metavar="SUBJECT[@VERSION]", help="or the base's name")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--seed", type=int, help="drawn and printed if not given")
+    parser.add_argument("--steps", type=int, default=defaults.num_inference_steps, metavar="N")
+    parser.add_argument("--guidance", type=float, default=defaults.guidance_scale, metavar="G")
+    parser.add_argument("--solver", choices=("ddim", "euler", "dpmpp2m"), default=defaults.solver)
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="images (default 1)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE")
+    parser.add_argument("--negative-prompt", default="", metavar="PROMPT")
+    parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S")
+    parser.add_argument("--size", metavar="WxH", help="pixels (default: the base's own)")
+    parser.add_argument("--base", help="load the base from here, not from where it was trained")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    width, height = _size(arguments.size)
+    record = _record(arguments.reference, arguments.base)
+
+    import torch
+
+    from raybooth.model.base import cut_tokens, load_base
+    from raybooth.model.sampler import SampleRequest, generate
+
+    if record is None:
+        source, revision = arguments.base or arguments.reference, None
+    else:
+        source, revision = arguments.base or record.base.name, record.base.revision
+    revision = None if arguments.base else revision
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(source, revision=revision, device=device)
+    for prompt in (arguments.prompt, arguments.negative_prompt):
+        if cut := cut_tokens(base, prompt):
+            found = f"these tokens would be cut: {' '.join(cut[:20])}"
+            raise RequestError("a prompt is too long for this base", found, "shorten it")
+    bank = None if record is None else _bank(base, record)
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    requests = [
+        SampleRequest(
+            prompt=arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            seed=seed + index,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            solver=arguments.solver,
+            height=height,
+            width=width,
+            slot=0 if record is None else 1,
+            adapter_scale=arguments.adapter_scale,
+        )
+        for index in range(arguments.n)
+    ]
+    images = generate(base, bank, requests)
+    _save(_grid(images), arguments.output)
+    print(_line(arguments.output, requests, _columns(len(images))))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Everything that can be known before the base is loaded."""
+    if not 1 <= arguments.n <= MAX_IMAGES:
+        raise RequestError("-n is out of range", str(arguments.n), f"use 1 to {MAX_IMAGES}")
+    last = (arguments.seed or 0) + arguments.n - 1
+    if (arguments.seed or 0) < 0 or last > MAX_SEED:
+        raise RequestError("--seed is out of range", str(arguments.seed), f"use 0 to {MAX_SEED}")
+    for name, least in (("guidance", 0.0), ("adapter_scale", -math.inf)):
+        value = getattr(arguments, name)
+        if not (math.isfinite(value) and value >= least):
+            raise RequestError(f"--{name.replace('_', '-')} is out of range", str(value))
+    output: Path = arguments.output
+    if output.suffix.lower() not in SUFFIXES:
+        do = f"end it in {', '.join(SUFFIXES)}"
+        raise InputError("-o names no picture format", str(output), do)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InputError("-o cannot be written", str(output), "give a file in a folder that exists")
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if match is None:
+        raise RequestError("--size is not understood", repr(size), "use WIDTHxHEIGHT, as 64x64")
+    return int(match[1]), int(match[2])
+
+
+def _record(reference: str, base: str | None) -> AdapterRecord | None:
+    """The published adapter, checked, or None where `reference` names the base itself."""
+    if reference in ("pocket", base) or (base and reference == Path(base).name):
+        return None
+    store = Store(store_folder())
+    try:
+        record = store.fetch(reference)
+    except NotPublishedError:
+        if "/" in reference and Path(reference).expanduser().is_dir():
+            return None
+        raise
+    if wrong := store.verify(record.reference):
+        do = "delete it and train the subject again"
+        raise StoreError(f"{record.reference} is damaged", "; ".join(wrong), do)
+    return record
+
+
+def _bank(base: Base, record: AdapterRecord) -> Bank:
+    """The adapter in slot 1, at the rank that a server's bank has by default (same bytes)."""
+    from raybooth.model.bank import Bank
+    from raybooth.model.lora import find_sites, load_adapter
+
+    if record.base.fingerprint != base.fingerprint:
+        raise BaseModelError(
+            f"{record.reference} was trained on another base",
+            f"{record.base.name} {record.base.fingerprint[:12]}, not {base.fingerprint[:12]}",
+            "name its own base with --base",
+        )
+    targets: Any = record.targets
+    bank = Bank(
+        base.denoiser,
+        sites=find_sites(base.denoiser, targets),
+        rank=max(record.rank, EngineConfig().max_rank),
+        num_slots=1,
+        device=base.device,
+    )
+    bank.write(1, load_adapter(Store(store_folder()).folder(record.reference) / WEIGHTS))
+    return bank
+
+
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def _grid(images: Sequence[Image]) -> Image:
+    """The images row by row; one image is itself."""
+    from PIL import Image
+
+    columns = _columns(len(images))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
+
+
+def _save(image: Image, output: Path) -> None:
+    """Written beside, then renamed: whole or not at all."""
+    staging = output.with_name(f".{uuid4().hex}{output.suffix}")
+    try:
+        image.save(staging)
+        os.replace(staging, output)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise InputError(f"{output} cannot be written", found, "choose another -o") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _line(output: Path, requests: Sequence[SampleRequest], columns: int) -> str:
+    first, last = requests[0].seed, requests[-1].seed
+    if len(requests) == 1:
+        return f"{output}: seed {first}"
+    rows = -(-len(requests) // columns)
+    return f"{output}: {len(requests)} images, {columns} by {rows}, seeds {first} to {last}"

@@ -1,0 +1,319 @@
+"""Equivalence 4 through the engine: an image from a moving mixed batch = the image alone."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raybooth.config import EngineConfig
+from raybooth.errors import BaseModelError, RequestError, ServingError, StoreError
+from raybooth.model.bank import Bank
+from raybooth.model.base import Base
+from raybooth.model.lora import LoraPair, find_sites, load_adapter
+from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
+from raybooth.store import AdapterRecord, Store
+from raybooth_serving.engine import Engine, GeneratedImage
+from raybooth_serving.errors import QueueFullError
+from tests.raybooth_serving.conftest import SUBJECTS
+from tests.raybooth_serving.published import publish, random_adapter, weights_of
+
+Result = TypeVar("Result")
+
+MIXED = (
+    ("dog-a", SampleRequest("a photo of sks dog", seed=1, num_inference_steps=6, solver="ddim")),
+    ("dog-b", SampleRequest("a red dog", seed=2, num_inference_steps=9, guidance_scale=3.0)),
+    ("robot-c", SampleRequest("robot on the beach", "snow", 3, 4, solver="euler")),
+    ("vase-d", SampleRequest("vase", seed=4, num_inference_steps=7, adapter_scale=0.5)),
+    (None, SampleRequest("a photo of a cat", seed=5, num_inference_steps=5)),
+    ("dog-a", SampleRequest("sks dog in snow", seed=6, num_inference_steps=3, guidance_scale=1.0)),
+    ("dog-b", SampleRequest("a dog", seed=7, num_inference_steps=4, height=16, width=24)),
+)
+
+
+def config(buckets: tuple[int, ...] = (4,), num_slots: int = 4, queue: int = 64) -> EngineConfig:
+    return EngineConfig(
+        num_slots=num_slots, max_rank=4, row_buckets=buckets, max_queued_images=queue
+    )
+
+
+def run(
+    base: Base,
+    store: Store,
+    settings: EngineConfig,
+    act: Callable[[Engine], Awaitable[Result]],
+) -> Result:
+    async def inside() -> Result:
+        engine = Engine(base, store, settings)
+        try:
+            return await act(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(inside())
+
+
+def alone(base: Base, record: AdapterRecord | None, store: Store, request: SampleRequest) -> bytes:
+    """The same image by itself: one row in a bucket of four, a bank of one slot."""
+    sites = find_sites(base.denoiser, "all")
+    bank = Bank(base.denoiser, sites=sites, rank=4, num_slots=1, device="cpu")
+    row = start_row(base, request)
+    if record is not None:
+        bank.write(1, load_adapter(weights_of(store, record)))
+        row.slot = 1
+    while not row.done:
+        denoise_step(base, bank, [row], 4)
+    bank.detach()
+    file = io.BytesIO()
+    row_image(base, row).save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)), dtype=np.int16)
+
+
+async def together(
+    engine: Engine, store: Store, jobs: Sequence[tuple[str | None, SampleRequest]], gap: int = 0
+) -> list[bytes]:
+    """All jobs, each sent `gap` denoise steps after the one before."""
+    tasks: list[asyncio.Task[list[GeneratedImage]]] = []
+    for subject, request in jobs:
+        record = None if subject is None else store.fetch(subject)
+        tasks.append(asyncio.create_task(engine.generate(record, [request])))
+        until = engine.metrics.denoise_steps + gap
+        while engine.metrics.denoise_steps < until and not all(task.done() for task in tasks):
+            await asyncio.sleep(0.001)
+    return [(await task)[0].png for task in tasks]
+
+
+@pytest.mark.parametrize("gap", [0, 2])
+def test_each_image_of_a_moving_mixed_batch_is_the_image_alone(
+    base: Base, store: Store, gap: int
+) -> None:
+    found = run(base, store, config(), lambda engine: together(engine, store, MIXED, gap))
+    for (subject, request), png in zip(MIXED, found, strict=True):
+        record = None if subject is None else store.fetch(subject)
+        assert png == alone(base, record, store, request), (subject, request)
+
+
+def test_across_buckets_images_differ_by_rounding_only(base: Base, store: Store) -> None:
+    buckets = config(buckets=(1, 2, 8))
+    found = run(base, store, buckets, lambda engine: together(engine, store, MIXED, 1))
+    for (subject, request), png in zip(MIXED, found, strict=True):
+        record = None if subject is None else store.fetch(subject)
+        expected = pixels(alone(base, record, store, request))
+        assert np.abs(pixels(png) - expected).max() <= 1, (subject, request)
+
+
+def test_subjects_really_share_denoise_steps(base: Base, store: Store) -> None:
+    async def act(engine: Engine) -> dict[str, float]:
+        request = SampleRequest("a dog", num_inference_steps=8)
+        await together(engine, store, [(subject, request) for subject in SUBJECTS])
+        return engine.snapshot()
+
+    counted = run(base, store, config(), act)
+    assert counted["mixed_steps"] > 0
+    assert counted["denoised_rows"] == 32
+    assert counted["denoise_steps"] < 32
+    assert counted["images_finished"] == 4
+    assert counted["slot_loads"] == 4
+
+
+def test_subjects_of_one_prompt_and_seed_differ(base: Base, store: Store) -> None:
+    request = SampleRequest("a photo of sks dog", seed=1, num_inference_steps=6)
+    jobs = [(None, request), *((subject, request) for subject in SUBJECTS)]
+    found = run(base, store, config(), lambda engine: together(engine, store, jobs))
+    assert len(set(found)) == 5
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_more_subjects_than_slots(base: Base, store: Store, num_slots: int) -> None:
+    jobs = [
+        (subject, SampleRequest("a photo of sks dog", seed=seed, num_inference_steps=3))
+        for seed in range(3)
+        for subject in SUBJECTS
+    ]
+
+    async def act(engine: Engine) -> tuple[list[bytes], dict[str, float]]:
+        found = await together(engine, store, jobs)
+        engine.slots.check_integrity()
+        assert all(resident.num_pins == 0 for resident in engine.slots.residents)
+        return found, engine.snapshot()
+
+    found, counted = run(base, store, config(num_slots=num_slots), act)
+    for (subject, request), png in zip(jobs, found, strict=True):
+        assert png == alone(base, store.fetch(subject), store, request)
+    assert counted["slot_evictions"] >= 4 - num_slots
+    assert counted["host_loads"] == 4
+
+
+def test_damaged_weights_fail_their_own_request_alone(base: Base, store: Store) -> None:
+    path = weights_of(store, store.fetch("dog-b"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    weights_of(store, store.fetch("vase-d")).unlink()
+    request = SampleRequest("a dog", num_inference_steps=4)
+
+    async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
+        calls = [engine.generate(store.fetch(subject), [request]) for subject in SUBJECTS]
+        failed = await asyncio.gather(*calls, return_exceptions=True)
+        path.write_bytes(whole)
+        assert await engine.generate(store.fetch("dog-b"), [request])
+        return failed
+
+    found = run(base, store, config(), act)
+    assert isinstance(found[1], StoreError)
+    assert "dog-b@1" in str(found[1])
+    assert "damaged" in str(found[1])
+    assert isinstance(found[3], StoreError)
+    assert "vase-d@1" in str(found[3])
+    for place, subject in ((0, "dog-a"), (2, "robot-c")):
+        images = found[place]
+        assert isinstance(images, list)
+        assert images[0].png == alone(base, store.fetch(subject), store, request)
+
+
+def test_adapters_that_do_not_fit_fail_their_own_request_alone(base: Base, store: Store) -> None:
+    wide = publish(store, base, "wide", 9, rank=5)
+    other = publish(store, base, "other", 9, fingerprint="0" * 64)
+    foreign = random_adapter(base, 9)
+    foreign["no.such.site"] = LoraPair(torch.zeros(2, 4), torch.zeros(4, 2))
+    misfit = publish(store, base, "misfit", 9, tensors=foreign)
+    request = SampleRequest("a dog", num_inference_steps=4)
+
+    async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
+        records = [store.fetch("dog-a"), wide, other, misfit, misfit]
+        calls = [engine.generate(record, [request]) for record in records]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        engine.slots.check_integrity()
+        assert [resident.adapter[:5] for resident in engine.slots.residents] == ["dog-a"]
+        return found
+
+    found = run(base, store, config(), act)
+    images = found[0]
+    assert isinstance(images, list)
+    assert images[0].png == alone(base, store.fetch("dog-a"), store, request)
+    assert all(isinstance(error, BaseModelError) for error in found[1:])
+
+
+def test_an_adapter_of_nan_fails_its_own_image_alone(base: Base, store: Store) -> None:
+    broken = random_adapter(base, 9)
+    name = next(iter(broken))
+    broken[name] = LoraPair(broken[name].down, broken[name].up * torch.nan)
+    record = publish(store, base, "nan", 9, tensors=broken)
+    request = SampleRequest("a dog", num_inference_steps=4)
+
+    async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
+        calls = [engine.generate(r, [request]) for r in (record, store.fetch("dog-a"))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = run(base, store, config(), act)
+    assert isinstance(found[0], ServingError)
+    images = found[1]
+    assert isinstance(images, list)
+    assert images[0].png == alone(base, store.fetch("dog-a"), store, request)
+
+
+def test_a_version_number_given_again_is_not_the_old_adapter(base: Base, store: Store) -> None:
+    request = SampleRequest("a dog", num_inference_steps=4)
+
+    async def act(engine: Engine) -> tuple[bytes, bytes]:
+        before = await engine.generate(store.fetch("dog-a"), [request])
+        store.delete("dog-a")
+        publish(store, base, "dog-a", 77)
+        assert store.fetch("dog-a").version == 1
+        after = await engine.generate(store.fetch("dog-a"), [request])
+        return before[0].png, after[0].png
+
+    before, after = run(base, store, config(), act)
+    assert before != after
+    assert after == alone(base, store.fetch("dog-a"), store, request)
+
+
+def test_a_caller_that_leaves_takes_its_rows_out(base: Base, store: Store) -> None:
+    long = SampleRequest("a dog", num_inference_steps=500)
+    short = SampleRequest("a dog", num_inference_steps=4)
+
+    async def act(engine: Engine) -> tuple[bytes, dict[str, float]]:
+        leaving = asyncio.create_task(engine.generate(store.fetch("dog-a"), [long] * 6))
+        while engine.metrics.denoise_steps < 2:
+            await asyncio.sleep(0.001)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        images = await engine.generate(store.fetch("dog-b"), [short])
+        assert all(resident.num_pins == 0 for resident in engine.slots.residents)
+        return images[0].png, engine.snapshot()
+
+    png, counted = run(base, store, config(), act)
+    assert png == alone(base, store.fetch("dog-b"), store, short)
+    assert counted["images_cancelled"] == 6
+    assert counted["denoise_steps"] < 500
+    assert counted["images_running"] == counted["images_waiting"] == 0
+
+
+def test_a_full_queue_refuses_the_whole_request_at_once(base: Base, store: Store) -> None:
+    request = SampleRequest("a dog", num_inference_steps=20)
+
+    async def act(engine: Engine) -> QueueFullError:
+        record = store.fetch("dog-a")
+        first = asyncio.create_task(engine.generate(record, [request] * 5))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError) as full:
+            await engine.generate(record, [request] * 2)
+        assert len(await first) == 5
+        assert len(await engine.generate(record, [request])) == 1
+        assert engine.metrics.images_refused == 2
+        return full.value
+
+    error = run(base, store, config(queue=6), act)
+    assert 1 <= error.retry_after_s <= 120
+    assert "5 of 6" in str(error)
+
+
+def test_what_the_base_cannot_make_is_refused(base: Base, store: Store) -> None:
+    async def act(engine: Engine) -> None:
+        for request in (SampleRequest("a dog", height=18), SampleRequest("a", solver="heun")):
+            with pytest.raises(RequestError):
+                await engine.generate(None, [request])
+        assert len(await engine.generate(None, [SampleRequest("a dog", num_inference_steps=2)])) == 1
+
+    run(base, store, config(), act)
+
+
+def test_a_dead_loop_fails_everyone_and_its_health(base: Base, store: Store) -> None:
+    request = SampleRequest("a dog", num_inference_steps=500)
+
+    async def act(engine: Engine) -> None:
+        waiting = asyncio.create_task(engine.generate(store.fetch("dog-a"), [request]))
+        while engine.metrics.denoise_steps < 2:
+            await asyncio.sleep(0.001)
+        engine.check_health()
+        engine._tick.shutdown()  # as if the thread had died
+        with pytest.raises(ServingError):
+            await waiting
+        with pytest.raises(ServingError):
+            engine.check_health()
+        with pytest.raises(ServingError):
+            await engine.generate(None, [request])
+
+    run(base, store, config(), act)
+
+
+def test_prompts_are_encoded_once(base: Base, store: Store) -> None:
+    async def act(engine: Engine) -> dict[str, float]:
+        request = SampleRequest("a dog", num_inference_steps=2)
+        for subject in SUBJECTS:
+            await engine.generate(store.fetch(subject), [request] * 2)
+        return engine.snapshot()
+
+    counted = run(base, store, config(), act)
+    assert counted["prompt_encodes"] == 2
+    assert counted["prompt_hits"] == 14
