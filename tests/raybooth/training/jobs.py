@@ -87,7 +87,7 @@ def flatten(adapter: AdapterTensors) -> Tensor:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 def largest(found: Iterable[float], expected: Iterable[float]) -> float:

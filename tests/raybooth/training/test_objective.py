@@ -110,7 +110,7 @@ def test_each_term_is_meaned_over_its_own_rows_and_slots_are_not_averaged() -> N
     assert losses.total_S.tolist() == [0.0, 2.0 + 0.5 * 20.0, 7.0, 10.0]
     assert losses.instance_S.tolist() == [0.0, 2.0, 7.0, 0.0]
     assert losses.prior_S.tolist() == [0.0, 20.0, 0.0, 5.0]
-    losses.total_S.sum().backward()
+    losses.total_S.sum().backward()  # type: ignore[no-untyped-call]
     assert error_B.grad is not None
     assert error_B.grad.tolist() == [0.5, 0.5, 0.25, 0.25, 1.0, 2.0]
 
@@ -142,7 +142,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_slot_only(bad: float) -> None:
     )
     assert losses.total_S[:2].tolist() == [0.0, 3.0]
     assert not torch.isfinite(losses.total_S[2])
-    losses.total_S.sum().backward()
+    losses.total_S.sum().backward()  # type: ignore[no-untyped-call]
     assert error_B.grad is not None
     assert error_B.grad[:2].tolist() == [1.0, 1.0]
 

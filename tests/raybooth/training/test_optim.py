@@ -193,7 +193,7 @@ def test_float32_masters_move_at_small_rates() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_lr_is_diffusers_get_scheduler(schedule: str, warmup: int) -> None:
-    config = OptimizerConfig(schedule=schedule, warmup_steps=warmup, learning_rate=3e-4)  # type: ignore[arg-type]
+    config = OptimizerConfig(schedule=schedule, warmup_steps=warmup, learning_rate=3e-4)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=12)
