@@ -4,8 +4,9 @@ A lease is a numbered file in a folder of its own; the highest number counts. Wh
 next number (O_EXCL, atomic on network file systems too) holds the lease, and nobody ever removes
 the highest one, so a number is never given twice. The holder touches its file every `heartbeat_s`.
 A waiter takes over when the holder released it, when the holder is a dead process of this host, or
-when the file did not change for `expiry_s` of the waiter's own clock (no clock is compared across
-nodes). A holder that was stopped for so long finds a higher number, and `held` is False.
+when the file did not change for `expiry_s` of the waiter's own clock, or for ten times that by the
+clock of the file system (the clocks of two nodes are never compared). A holder that was stopped for
+so long finds a higher number, and `held` is False.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 RELEASED = b"released"
+STALE = 10.0
+"""Expiries after which a lease is not even watched."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Lease:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-        if max(self._numbers()) != number:
+        if max(self._numbers(), default=0) != number:
             # While we decided, others took, released and cleaned this number: ours is void.
             path.unlink(missing_ok=True)
             return False
@@ -98,8 +101,18 @@ class Lease:
             return True
         now = time.monotonic()
         if self._seen is None or self._seen[0] != seen:
+            if self._file_system_now_ns() - seen.touched_ns > STALE * self._expiry_s * 1e9:
+                return True
             self._seen = (seen, now)
         return now - self._seen[1] > self._expiry_s
+
+    def _file_system_now_ns(self) -> int:
+        probe = self.folder / f".now-{uuid.uuid4().hex}"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime_ns
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _look(self) -> _Seen | None:
         while numbers := self._numbers():
@@ -112,7 +125,10 @@ class Lease:
         return None
 
     def _numbers(self) -> list[int]:
-        return [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
+        try:
+            return [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
+        except FileNotFoundError:  # somebody deleted the whole folder
+            return []
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}"

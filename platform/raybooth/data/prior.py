@@ -289,6 +289,7 @@ class PriorCache:
         with _clear_errors(self.root, "write"):
             lease = self._lease(digest)
             if not lease.try_acquire():
+                log.warning("the prior %s is being made and stays", digest)
                 return False
             try:
                 (self.root / digest).rename(self.root / f"{TRASH}{uuid.uuid4().hex}")

@@ -54,7 +54,7 @@ def sample_prior(
                 seed=image_seed(key, index),
                 num_inference_steps=key.num_inference_steps,
                 guidance_scale=key.guidance_scale,
-                solver=key.solver,  # type: ignore[arg-type]
+                solver=key.solver,
                 height=key.resolution,
                 width=key.resolution,
             )

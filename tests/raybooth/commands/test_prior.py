@@ -175,8 +175,9 @@ def test_a_home_that_cannot_be_written_is_told(
 
 def test_listing_loads_neither_torch_nor_ray() -> None:
     program = (
-        "import sys; from raybooth.cli import build_parser;"
-        "a = build_parser().parse_args(['prior', 'ls', '--json']); a.run(a);"
+        "import argparse, sys; from raybooth.commands.prior import register;"
+        "p = argparse.ArgumentParser(); register(p.add_subparsers());"
+        "a = p.parse_args(['prior', 'ls', '--json']); a.run(a);"
         "sys.exit([m for m in ('torch', 'ray', 'diffusers') if m in sys.modules] or 0)"
     )
     done = subprocess.run(

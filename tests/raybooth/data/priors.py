@@ -1,4 +1,4 @@
-"""Priors for tests of the cache: small pictures that are a function of the key's seeds.
+"""Priors for tests of the cache: small pictures that are a function of the key's seeds (no torch).
 
 Run as a program it is one more process that wants a prior:
 `python priors.py ROOT LOG NUM_IMAGES [KILL_AT] [PAUSE_S]`.
@@ -6,6 +6,7 @@ Run as a program it is one more process that wants a prior:
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -13,8 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
+from safetensors.numpy import save
 
 from raybooth.data.generated import Generated, GeneratedPrior, GeneratedPrompt
 from raybooth.data.prior import PriorCache, PriorKey, image_seed
@@ -50,7 +52,7 @@ class Generator:
         self.made: list[int] = []
 
     def __call__(self, indices: Sequence[int]) -> Iterator[Generated]:
-        yield GeneratedPrompt.of({"encoder_hidden_states": torch.full((1, 3, 2), 0.5)})
+        yield GeneratedPrompt(save({"encoder_hidden_states": np.full((1, 3, 2), 0.5, np.float32)}))
         for index in indices:
             if index == self.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -66,10 +68,12 @@ class Generator:
 
 def prior_image(key: PriorKey, index: int, size: int = 16) -> GeneratedPrior:
     """What the sampler would make."""
-    generator = torch.Generator().manual_seed(image_seed(key, index))
-    array = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
-    mean_CHW = torch.randn(4, 2, 2, generator=generator)
-    return GeneratedPrior.of(index, Image.fromarray(array.numpy()), mean_CHW, mean_CHW.abs())
+    rng = np.random.default_rng(image_seed(key, index))
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
+    mean_CHW = rng.standard_normal((4, 2, 2), dtype=np.float32)
+    latents = save({"mean": mean_CHW, "std": abs(mean_CHW)})
+    return GeneratedPrior(index, file.getvalue(), latents)
 
 
 def main() -> None:

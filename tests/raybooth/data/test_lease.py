@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,26 @@ def test_a_holder_elsewhere_is_waited_for_while_it_lives(tmp_path: Path) -> None
     while not lease.try_acquire():
         time.sleep(0.02)
     assert lease.held
+    lease.release()
+
+
+def test_a_holder_elsewhere_that_is_long_gone_is_not_waited_for(tmp_path: Path) -> None:
+    path = elsewhere(tmp_path)
+    then = time.time() - 3600
+    os.utime(path, (then, then))
+    lease = Lease(tmp_path, expiry_s=300.0)
+    assert lease.try_acquire()
+    lease.release()
+    young = elsewhere(tmp_path, number=5)
+    os.utime(young, (time.time() - 2000, time.time() - 2000))
+    assert not Lease(tmp_path, expiry_s=300.0).try_acquire()
+
+
+def test_a_folder_that_vanished_means_lost(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "leases")
+    assert lease.try_acquire()
+    shutil.rmtree(tmp_path / "leases")
+    assert not lease.held
     lease.release()
 
 

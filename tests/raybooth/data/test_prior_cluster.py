@@ -55,7 +55,7 @@ def test_tasks_share_a_prior_and_equal_a_local_making(
         def all(self) -> list[tuple[str, int, int]]:
             return self.heard
 
-    listener = Listener.remote()
+    listener = Listener.remote()  # type: ignore[attr-defined]
     shared = dataclasses.replace(task, num_workers=3)
     twins = [generate_prior.remote(shared, listener), generate_prior.remote(shared)]
     reports = ray_session.get(twins)
