@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in survey.warnings:
         print(f"raybooth: warning: {warning}", file=sys.stderr)
     queue = Queue(home() / "fleet.db")
-    report = train_fleet(survey, queue, folders, view_for(sys.stdout, as_json=arguments.json))
+    view = view_for(sys.stdout, as_json=arguments.json)
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray's own words go
+        report = train_fleet(survey, queue, folders, view)
     for subject_id, reason in report.failed.items():
         print(f"raybooth: {subject_id} failed: {reason}", file=sys.stderr)
     if report.unfinished:

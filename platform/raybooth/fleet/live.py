@@ -47,7 +47,7 @@ def view_for(stream: TextIO, *, as_json: bool) -> View:
     """JSON lines if asked, a table on a terminal, plain lines elsewhere."""
     if as_json:
         return JsonView(stream)
-    return TableView() if stream.isatty() else LineView(stream)
+    return TableView(stream) if stream.isatty() else LineView(stream)
 
 
 class JsonView:
@@ -115,13 +115,16 @@ class LineView:
 class TableView:
     """A table that is drawn over itself: one row a subject, the priors above it."""
 
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self._stream = stream
+
     def start(self, progress: Progress) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self._progress = progress
         self._notes: list[str] = []
-        self._console = Console()
+        self._console = Console(file=self._stream)
         self._live = Live(
             get_renderable=self._draw, console=self._console, refresh_per_second=4, transient=False
         )

@@ -63,5 +63,6 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_killing_policy_by_group": "true",
+    "RAY_worker_maximum_startup_concurrency": "8",  # a pack is eight processes; no warning
     "TOKENIZERS_PARALLELISM": "false",
 }

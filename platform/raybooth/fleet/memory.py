@@ -29,7 +29,6 @@ STATES_PER_PARAMETER = 4
 """fp32 master, gradient and two Adam moments."""
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +83,26 @@ def read_base_shape(folder: Path) -> BaseShape:
     )
 
 
-def adapter_parameters(shape: BaseShape, targets: str | tuple[str, ...], rank: int) -> int:
-    """Parameters of a LoRA of this rank: sum over sites of rank x (in x kernel + out)."""
+def adapter_parameters(shape: BaseShape, targets: Sequence[str], rank: int) -> int:
+    """Parameters of a LoRA on modules of these suffixes: sum of rank x (in x kernel + out)."""
     total = 0
     for name, dims in shape.denoiser.items():
-        if len(dims) < 2 or not name.endswith(".weight"):
-            continue
-        if _is_target(name.removesuffix(".weight"), targets):
+        if any(is_target(name, suffix) and len(dims) > 1 for suffix in targets):
             total += rank * (math.prod(dims[1:]) + dims[0])
     return total
+
+
+def is_target(weight: str, suffix: str) -> bool:
+    """Whether the denoiser's weight of this name belongs to a module of this suffix."""
+    site = weight.removesuffix(".weight")
+    return site != weight and (site == suffix or site.endswith("." + suffix))
 
 
 def pack_memory_bytes(
     shape: BaseShape,
     slots: Sequence[SlotShape],
     *,
-    targets: str | tuple[str, ...],
+    targets: Sequence[str],
     resolution: int,
     precision: Precision,
 ) -> int:
@@ -157,13 +160,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         do = "a base is a folder in diffusers' layout"
         raise BaseModelError(f"{path} cannot be read", str(error), do) from error
-
-
-def _is_target(site: str, targets: str | tuple[str, ...]) -> bool:
-    if targets == "all":
-        return True
-    suffixes = _ATTENTION if isinstance(targets, str) else targets
-    return any(site == suffix or site.endswith("." + suffix) for suffix in suffixes)
 
 
 def _most(value: int | Sequence[int]) -> int:

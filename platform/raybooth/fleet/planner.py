@@ -268,8 +268,12 @@ def _workers_on(node: NodeCapacity, asked: Resources) -> int:
 
 def _order(job: PlanJob) -> tuple[object, ...]:
     """Jobs that wait for the same prior stand together, those that wait for none first."""
-    digest = job.prior.digest if job.prior and job.num_missing_priors else ""
+    digest = _waits_for(job)
     return (bool(digest), digest, -job.load, job.job_id)
+
+
+def _waits_for(job: PlanJob) -> str:
+    return job.prior.digest if job.prior and job.num_missing_priors else ""
 
 
 def _split(jobs: Sequence[PlanJob], num_packs: int, limit: int) -> list[list[PlanJob]]:
@@ -281,7 +285,10 @@ def _split(jobs: Sequence[PlanJob], num_packs: int, limit: int) -> list[list[Pla
         least = max(1, len(rest) - limit * (packs_left - 1))
         most = min(limit, len(rest) - (packs_left - 1))
         size, load = least, sum(job.load for job in rest[:least])
-        while size < most and load + rest[size].load / 2 <= target:
+        while size < most:
+            short = target - load - rest[size].load / 2
+            if short < 0 or (short == 0 and _waits_for(rest[size]) != _waits_for(rest[size - 1])):
+                break
             load += rest[size].load
             size += 1
         packs.append(rest[:size])

@@ -10,8 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.errors import BaseModelError, InputError, InputProblems, SubjectError
-from raybooth.fleet.memory import BaseShape, SlotShape, pack_memory_bytes, read_base_shape
+from raybooth.errors import (
+    BaseModelError,
+    ConfigError,
+    InputError,
+    InputProblems,
+    SubjectError,
+)
+from raybooth.fleet.memory import (
+    BaseShape,
+    SlotShape,
+    is_target,
+    pack_memory_bytes,
+    read_base_shape,
+)
 from raybooth.fleet.planner import PackMemory, PlanJob, PriorNeed
 from raybooth.subject import Fleet, Subject, read_fleet
 
@@ -100,6 +112,7 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
         problems.extend(_photo_problems(subject))
         if shape is not None:
             problems.extend(_size_problems(subject, shape))
+            problems.extend(_target_problems(subject, shape))
             warnings.extend(_size_warnings(subject, shape))
         if tokenizer is not None:
             problems.extend(_prompt_problems(subject, tokenizer))
@@ -131,6 +144,20 @@ def _size_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
         do = f"use at least {shape.least_side} pixels"
         return [BaseModelError(f"subject {name!r}: the base cannot make this size", f"{side}", do)]
     return []
+
+
+def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
+    targets = subject.train.adapter.targets
+    if isinstance(targets, str):
+        return []
+    what = f"subject {subject.subject_id!r}: adapter.targets"
+    do = "name module suffixes, for example `to_q` or `ff.net.2`"
+    unmatched = [
+        suffix for suffix in targets if not any(is_target(name, suffix) for name in shape.denoiser)
+    ]
+    if not targets:
+        return [ConfigError(f"{what} is empty", "no pattern", do)]
+    return [ConfigError(f"{what} matches no layer of the base", repr(s), do) for s in unmatched]
 
 
 def _size_warnings(subject: Subject, shape: BaseShape) -> list[str]:
@@ -191,12 +218,14 @@ def _jobs(fleet: Fleet, fingerprint: str, priors: PriorCache) -> tuple[SubjectJo
 def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob]) -> int:
     if not jobs:
         return 0
+    from raybooth.model.lora import PRESETS
+
     slots = [SlotShape(job.rank, job.num_rows) for job in jobs]
     first = jobs[0]
     return pack_memory_bytes(
         shape,
         slots,
-        targets=first.targets,
+        targets=PRESETS[first.targets] if isinstance(first.targets, str) else first.targets,
         resolution=first.resolution,
         precision=first.precision,
     )
