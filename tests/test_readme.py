@@ -92,33 +92,46 @@ def test_tree_has_every_manifest_and_config(tree: set[str]) -> None:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Every `raybooth ...` of shell blocks and code spans, as words."""
-    lines = [line for block in _blocks(text, "sh") for line in block.splitlines()]
-    spans = re.findall(r"`(raybooth [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    for line in [*lines, *spans]:
-        found = re.search(r"(?:^|-- )(raybooth .*)$", line.strip())
-        if found:
-            words = shlex.split(found[1], comments=True)
-            yield [word for word in words[1:] if word != "&"]
+    """Every `raybooth ...` of shell blocks and code spans, as words.
+
+    A span may name a command without its arguments; that one asks for its help.
+    """
+    for block in _blocks(text, "sh"):
+        for line in block.splitlines():
+            found = re.search(r"(?:^|-- )(raybooth .*)$", line.strip())
+            if found:
+                yield shlex.split(found[1], comments=True)[1:]
+    for span in re.findall(
+        r"`raybooth ([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    ):
+        is_name = re.fullmatch(r"[a-z]+( [a-z]+)?", span)
+        yield [*shlex.split(span), *(["--help"] if is_name else [])]
 
 
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_are_the_parsers(page: Path) -> None:
+def test_commands_are_the_parsers(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in _commands(page.read_text()):
         try:
             build_parser().parse_args(words)
         except SystemExit as stop:
             if stop.code != 0:  # --help and --version end with 0
-                pytest.fail(f"{page.name}: `raybooth {shlex.join(words)}` is not a command")
+                pytest.fail(f"raybooth {shlex.join(words)}: {capsys.readouterr().err}")
 
 
-def test_wrong_commands_are_found() -> None:
-    text = "`raybooth tarin fleet.yaml`\n```sh\nraybooth models --jsn  # a comment\n```\n"
-    found = list(_commands(text))
-    assert found == [["models", "--jsn"], ["tarin", "fleet.yaml"]]
-    for words in found:
-        with pytest.raises(SystemExit):
-            build_parser().parse_args(words)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("`raybooth tarin`", ["tarin", "--help"]),
+        ("`raybooth tarin FLEET`", ["tarin", "FLEET"]),
+        ("```sh\nraybooth models --jsn  # a comment\n```\n", ["models", "--jsn"]),
+        ("```sh\nray job submit -- raybooth train\n```\n", ["train"]),
+    ],
+)
+def test_wrong_commands_are_found(text: str, words: list[str]) -> None:
+    assert list(_commands(text)) == [words]
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(words)
+    assert stop.value.code == 2
 
 
 def test_readme_names_every_command() -> None:
