@@ -180,7 +180,7 @@ def deployed(config: ServeConfig, root: Path, *, quiet: bool = True) -> Iterator
     Uses the Ray of RAY_ADDRESS, the one this process is connected to, or an embedded one.
     Raises ClusterError when Ray cannot be reached, ServingError when the endpoint cannot start.
     """
-    owns_ray = not ray.is_initialized()
+    owns_ray, is_deployed = not ray.is_initialized(), False
     if quiet:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -196,10 +196,14 @@ def deployed(config: ServeConfig, root: Path, *, quiet: bool = True) -> Iterator
             "args": args,
         }
         _client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        is_deployed = True
         _wait_until_running()
         yield f"http://{config.host}:{config.port}"
     finally:
-        _stop(owns_ray)
+        if is_deployed:
+            serve.delete(APPLICATION)  # lets requests in progress end
+        if owns_ray:
+            ray.shutdown()
 
 
 def check_running() -> None:
@@ -264,17 +268,6 @@ def _reason(status: Any) -> str:
     lines = [line.strip() for message in messages for line in message.splitlines()]
     named = [line for line in lines if line.startswith("raybooth")]
     return (named or [line for line in lines if line] or ["no reason given"])[-1][:400]
-
-
-def _stop(owns_ray: bool) -> None:
-    if not ray.is_initialized():
-        return
-    if owns_ray and "RAY_ADDRESS" not in os.environ:
-        serve.shutdown()
-    else:
-        serve.delete(APPLICATION)
-    if owns_ray:
-        ray.shutdown()
 
 
 def _num_gpus(config: ServeConfig) -> float:

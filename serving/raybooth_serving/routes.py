@@ -66,7 +66,7 @@ class Backend(Protocol):
 def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
     """The FastAPI application over `backend`."""
     failures: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503, 504)
+        status: {"model": ErrorResponse} for status in ("4XX", "5XX")
     }
     app = FastAPI(
         title="RayBooth",

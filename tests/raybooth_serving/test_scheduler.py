@@ -39,7 +39,11 @@ def test_a_full_size_does_not_hold_up_another() -> None:
 
 
 def test_an_adapter_is_loaded_once_for_all_images_that_want_it() -> None:
-    waiting = [WaitingImage(1, SMALL, "a"), WaitingImage(2, SMALL, "a"), WaitingImage(3, SMALL, "b")]
+    waiting = [
+        WaitingImage(1, SMALL, "a"),
+        WaitingImage(2, SMALL, "a"),
+        WaitingImage(3, SMALL, "b"),
+    ]
     plan = plan_joins(waiting, [], SlotTable(4), max_rows=8)
     assert [(j.slot, j.is_load) for j in plan.joins] == [(1, True), (1, False), (2, True)]
     assert {r.adapter: r.num_pins for r in plan.table.residents} == {"a": 2, "b": 1}
@@ -54,14 +58,22 @@ def test_images_without_a_slot_wait_and_others_pass() -> None:
 
 def test_the_slot_that_drains_first_is_kept_for_who_waits_for_one() -> None:
     running = [RunningImage(1, SMALL, "a", 9), RunningImage(2, SMALL, "b", 2)]
-    waiting = [WaitingImage(3, SMALL, "c"), WaitingImage(4, SMALL, "b"), WaitingImage(5, SMALL, "a")]
+    waiting = [
+        WaitingImage(3, SMALL, "c"),
+        WaitingImage(4, SMALL, "b"),
+        WaitingImage(5, SMALL, "a"),
+    ]
     plan = plan_joins(waiting, running, _table(2, "a", "b"), max_rows=8)
     assert [join.key for join in plan.joins] == [5]
 
 
 def test_images_before_the_blocked_one_still_join() -> None:
     running = [RunningImage(1, SMALL, "a", 2)]
-    waiting = [WaitingImage(2, SMALL, "a"), WaitingImage(3, SMALL, "b"), WaitingImage(4, SMALL, "a")]
+    waiting = [
+        WaitingImage(2, SMALL, "a"),
+        WaitingImage(3, SMALL, "b"),
+        WaitingImage(4, SMALL, "a"),
+    ]
     plan = plan_joins(waiting, running, _table(1, "a"), max_rows=8)
     assert [join.key for join in plan.joins] == [2]
 
