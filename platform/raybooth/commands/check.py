@@ -115,10 +115,10 @@ def _show(survey: Survey, plan: FleetPlan, published: dict[str, str]) -> None:
     console = Console()
     document = _document(survey, plan, published)
     base = document["base"]
-    console.print(f"{document['fleet']}: {len(survey.jobs)} subjects, nothing wrong")
-    console.print(f"base {base['name']}, fingerprint {base['fingerprint'][:12]}")
+    print(f"{document['fleet']}: {len(survey.jobs)} subjects, nothing wrong")
+    print(f"base {base['name']}, fingerprint {base['fingerprint'][:12]}")
     if published:
-        console.print(f"already published, skipped: {', '.join(document['published'])}")
+        print(f"already published, skipped: {', '.join(document['published'])}")
     if plan.packs:
         packs = Table("pack", "subjects", "worker", "rows", "train steps", "memory", "waits for")
         prompts = {prior.need.digest: prior.need.class_prompt for prior in plan.priors}
@@ -139,4 +139,4 @@ def _show(survey: Survey, plan: FleetPlan, published: dict[str, str]) -> None:
             names = ("num_subjects", "num_images", "num_cached", "num_missing")
             priors.add_row(repr(entry["class_prompt"]), *(str(entry[name]) for name in names))
         console.print(priors)
-    console.print(f"{document['num_train_steps']} subject train steps in all")
+    print(f"{document['num_train_steps']} subject train steps in all")
