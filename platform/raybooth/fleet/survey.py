@@ -111,7 +111,7 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
     for subject in fleet.subjects:
         problems.extend(_photo_problems(subject))
         if shape is not None:
-            problems.extend(_size_problems(subject, shape))
+            problems.extend(size_problems(subject.subject_id, subject.train.resolution, shape))
             problems.extend(_target_problems(subject, shape))
             warnings.extend(_size_warnings(subject, shape))
         if tokenizer is not None:
@@ -124,6 +124,16 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
     return Survey(fleet, folder, fingerprint, shape, jobs, tuple(dict.fromkeys(warnings)))
 
 
+def size_problems(subject_id: str, side: int, shape: BaseShape) -> list[InputError]:
+    """Why the base cannot make pictures of `side` pixels; an empty list when it can."""
+    what = f"subject {subject_id!r}: the base cannot make this size"
+    if side % shape.vae_scale_factor:
+        return [BaseModelError(what, f"{side}", f"use a multiple of {shape.vae_scale_factor}")]
+    if side < shape.least_side:
+        return [BaseModelError(what, f"{side}", f"use at least {shape.least_side} pixels")]
+    return []
+
+
 def _photo_problems(subject: Subject) -> Sequence[InputError]:
     from raybooth.data.images import check_photos
 
@@ -133,17 +143,6 @@ def _photo_problems(subject: Subject) -> Sequence[InputError]:
         min_images=subject.train.min_images,
         subject_id=subject.subject_id,
     )
-
-
-def _size_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
-    side, name = subject.train.resolution, subject.subject_id
-    if side % shape.vae_scale_factor:
-        do = f"use a multiple of {shape.vae_scale_factor}"
-        return [BaseModelError(f"subject {name!r}: the base cannot make this size", f"{side}", do)]
-    if side < shape.least_side:
-        do = f"use at least {shape.least_side} pixels"
-        return [BaseModelError(f"subject {name!r}: the base cannot make this size", f"{side}", do)]
-    return []
 
 
 def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:

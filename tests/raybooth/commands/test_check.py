@@ -131,11 +131,6 @@ def test_an_empty_folder_is_listed(tmp_path: Path, base: Path) -> None:
     assert len(problems(path)) == 1
 
 
-def test_a_size_that_the_base_cannot_make_is_refused(tmp_path: Path) -> None:
-    (found,) = problems(write_fleet(tmp_path, "pocket", {"rex": {"resolution": 8}}))
-    assert "cannot make this size" in found
-
-
 def test_targets_that_the_base_lacks_are_refused(tmp_path: Path, base: Path) -> None:
     path = write_fleet(tmp_path, base, {"rex": {"adapter": {"targets": ["to_q", "nonsense"]}}})
     (found,) = problems(path)
