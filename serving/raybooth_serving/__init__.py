@@ -1,1 +1,1 @@
-"""The endpoint: requests of many subjects, one batch, one store. Sees the contract and `raybooth.model`."""
+"""The endpoint: requests of many subjects, one batch, one store; sees the contract and the model."""

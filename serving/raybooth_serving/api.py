@@ -46,7 +46,8 @@ class ImagesRequest(BaseModel):
     """`url` answers data URLs."""
 
     user: str | None = None
-    """Accepted and not used."""
+    safety_identifier: str | None = None
+    """Both accepted and not used."""
 
     quality: str | None = None
     style: str | None = None

@@ -135,18 +135,17 @@ def test_too_long_a_prompt_names_the_tokens_cut(endpoint: Endpoint) -> None:
 
 
 def test_a_full_queue_is_a_rate_limit_error(endpoint: Endpoint) -> None:
-    def call(_: int) -> str:
+    def call(_: int) -> openai.RateLimitError | None:
         try:
             pixels(endpoint.client, "dog-a", num_inference_steps=30, n=5)
         except openai.RateLimitError as error:
-            assert int(error.response.headers["retry-after"]) >= 1
-            return "refused"
-        return "made"
+            return error
+        return None
 
     with ThreadPoolExecutor(10) as threads:
-        answers = list(threads.map(call, range(10)))
-    assert answers.count("made") >= 4
-    assert answers.count("refused") >= 1
+        refused = [error for error in threads.map(call, range(10)) if error is not None]
+    assert 1 <= len(refused) <= 6
+    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
 
 
 def test_a_client_that_leaves_frees_its_rows(endpoint: Endpoint) -> None:
@@ -167,7 +166,7 @@ def test_the_small_client(endpoint: Endpoint) -> None:
     client = Client(endpoint.url)
     assert client.models()[:2] == ["tiny", "dog-a"]
     assert Image.open(io.BytesIO(client.generate("dog-a", PROMPT, n=2)[1])).size == (32, 32)
-    with pytest.raises(ServingError, match="404.*dgo-a"):
+    with pytest.raises(ServingError, match=r"404.*dgo-a"):
         client.generate("dgo-a", PROMPT)
     with pytest.raises(ServingError, match="does not answer"):
         Client(f"http://127.0.0.1:{free_port('127.0.0.1', 0)}").models()

@@ -283,9 +283,8 @@ def test_what_the_base_cannot_make_is_refused(base: Base, store: Store) -> None:
         for request in (SampleRequest("a dog", height=18), SampleRequest("a", solver="heun")):
             with pytest.raises(RequestError):
                 await engine.generate(None, [request])
-        assert (
-            len(await engine.generate(None, [SampleRequest("a dog", num_inference_steps=2)])) == 1
-        )
+        fine = SampleRequest("a dog", num_inference_steps=2)
+        assert len(await engine.generate(None, [fine])) == 1
 
     run(base, store, config(), act)
 

@@ -76,7 +76,7 @@ def test_the_plain_openai_client_generates(openai_client: OpenAI) -> None:
 
 
 def test_our_own_parameters_travel_in_extra_body(openai_client: OpenAI) -> None:
-    extra = {
+    extra: dict[str, Any] = {
         "seed": 7,
         "num_inference_steps": 5,
         "guidance_scale": 3,
@@ -84,17 +84,18 @@ def test_our_own_parameters_travel_in_extra_body(openai_client: OpenAI) -> None:
         "solver": "euler",
         "adapter_scale": 0.5,
     }
-    call = {"model": "robot-c@1", "prompt": PROMPT}
-    first = openai_client.images.generate(**call, extra_body=extra).data
-    again = openai_client.images.generate(**call, extra_body=extra).data
-    assert first is not None
-    assert again is not None
-    assert first[0].b64_json == again[0].b64_json
-    assert first[0].model_extra == {"seed": 7}
-    for key, value in (("seed", 8), ("adapter_scale", 1.0), ("solver", "ddim")):
-        other = openai_client.images.generate(**call, extra_body={**extra, key: value}).data
-        assert other is not None
-        assert other[0].b64_json != first[0].b64_json, key
+
+    def draw(**changed: Any) -> Any:
+        body = {**extra, **changed}
+        answer = openai_client.images.generate(model="robot-c@1", prompt=PROMPT, extra_body=body)
+        assert answer.data is not None
+        return answer.data[0]
+
+    first = draw()
+    assert first.model_extra == {"seed": 7}
+    assert draw().b64_json == first.b64_json
+    for changed in ({"seed": 8}, {"adapter_scale": 1.0}, {"solver": "ddim"}):
+        assert draw(**changed).b64_json != first.b64_json, changed
 
 
 def test_image_i_has_seed_plus_i(openai_client: OpenAI) -> None:
@@ -133,6 +134,7 @@ def test_openai_keys_at_their_defaults_are_taken(openai_client: OpenAI) -> None:
         output_format="png",
         output_compression=100,
         user="someone",
+        safety_identifier="someone",
         stream=False,
     ).data
 
@@ -243,7 +245,7 @@ def test_unknown_models_list_near_names(openai_client: OpenAI) -> None:
     assert error.value.param == "model"
     with pytest.raises(openai.NotFoundError, match="tiny"):
         openai_client.images.generate(model="tinny", prompt=PROMPT)
-    with pytest.raises(openai.NotFoundError, match="no version '9'.*versions 1"):
+    with pytest.raises(openai.NotFoundError, match=r"no version '9'.*versions 1"):
         openai_client.images.generate(model="dog-a@9", prompt=PROMPT)
     for name in ("../dog-a", "dog-a/../dog-b", "DOG-A", ".", "dog-a@../1", "x" * 200):
         with pytest.raises(openai.NotFoundError):

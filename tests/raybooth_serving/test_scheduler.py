@@ -130,13 +130,13 @@ def test_nobody_starves_under_endless_traffic_of_resident_subjects() -> None:
             running[image.key] = RunningImage(image.key, SMALL, image.adapter, 10)
             if join.key == 99:
                 cold_joined = tick
-        for key, image in list(running.items()):
-            left = image.num_steps_left - 1
-            running[key] = RunningImage(key, SMALL, image.adapter, left)
+        for key, row in list(running.items()):
+            left = row.num_steps_left - 1
+            running[key] = RunningImage(key, SMALL, row.adapter, left)
             if left == 0:
                 del running[key]
-                assert image.adapter is not None
-                table = table.unpin(image.adapter)
+                assert row.adapter is not None
+                table = table.unpin(row.adapter)
         table.check_integrity()
         if cold_joined is not None:
             break
