@@ -46,9 +46,10 @@ class Generator:
         fail_at: int | None = None,
         pause_s: float = 0.0,
         image_size: int = 16,
+        latent_size: int = 2,
     ) -> None:
         self.key, self.log, self.kill_at, self.fail_at = key, log, kill_at, fail_at
-        self.pause_s, self.image_size = pause_s, image_size
+        self.pause_s, self.image_size, self.latent_size = pause_s, image_size, latent_size
         self.made: list[int] = []
 
     def __call__(self, indices: Sequence[int]) -> Iterator[Generated]:
@@ -63,15 +64,15 @@ class Generator:
                 with self.log.open("a") as file:
                     file.write(f"{index}\n")
             self.made.append(index)
-            yield prior_image(self.key, index, self.image_size)
+            yield prior_image(self.key, index, self.image_size, self.latent_size)
 
 
-def prior_image(key: PriorKey, index: int, size: int = 16) -> GeneratedPrior:
+def prior_image(key: PriorKey, index: int, size: int = 16, latent_size: int = 2) -> GeneratedPrior:
     """What the sampler would make."""
     rng = np.random.default_rng(image_seed(key, index))
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
-    mean_CHW = rng.standard_normal((4, 2, 2), dtype=np.float32)
+    mean_CHW = rng.standard_normal((4, latent_size, latent_size), dtype=np.float32)
     latents = save({"mean": mean_CHW, "std": abs(mean_CHW)})
     return GeneratedPrior(index, file.getvalue(), latents)
 

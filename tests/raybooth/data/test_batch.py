@@ -101,6 +101,8 @@ def test_subjects_and_seeds_have_orders_of_their_own() -> None:
         for name in ("rex", "tom")
     )
     assert len(orders) == 8
+    plans = [plan_batch(seed, "rex", 0, 8, 8, 8) for seed in range(4)]
+    assert any(plan.instance_indices != plan.prior_indices for plan in plans)
 
 
 def test_any_step_alone_equals_the_step_of_a_run() -> None:

@@ -91,6 +91,18 @@ def test_a_killed_holder_of_this_host_is_followed_at_once(tmp_path: Path) -> Non
     holder.stdout.close()
 
 
+def test_a_holder_shows_that_it_lives(tmp_path: Path) -> None:
+    lease = Lease(tmp_path, expiry_s=10.0, heartbeat_s=0.02)
+    assert lease.try_acquire()
+    (path,) = tmp_path.iterdir()
+    os.utime(path, (1, 1))
+    until = time.monotonic() + 30
+    while path.stat().st_mtime < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert path.stat().st_mtime > 2
+    lease.release()
+
+
 def test_a_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
     path = elsewhere(tmp_path)
     holder = {**json.loads(_identity()), "started": "1"}

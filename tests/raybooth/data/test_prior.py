@@ -352,7 +352,7 @@ from raybooth.data.prior import PriorCache
 from raybooth.errors import PriorError
 {limit}
 try:
-    PriorCache(Path(sys.argv[1])).ensure(KEY, 50, Generator(image_size=128))
+    PriorCache(Path(sys.argv[1])).ensure(KEY, 50, Generator({sizes}))
 except PriorError as error:
     print(error)
     sys.exit(7)
@@ -360,14 +360,19 @@ except PriorError as error:
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
 
 
-def run_full(root: Path, limit: str, *before: str) -> subprocess.CompletedProcess[str]:
-    program = FULL.format(tests=str(PROGRAM.parent), limit=limit)
+def run_full(
+    root: Path, limit: str, *before: str, sizes: str = "image_size=128"
+) -> subprocess.CompletedProcess[str]:
+    program = FULL.format(tests=str(PROGRAM.parent), limit=limit, sizes=sizes)
     command = [*before, sys.executable, "-c", program, str(root)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_nothing_of_it(tmp_path: Path) -> None:
-    done = run_full(tmp_path / "priors", LIMIT)
+@pytest.mark.parametrize("sizes", ["image_size=128", "latent_size=64"])
+def test_a_file_that_cannot_be_written_whole_leaves_nothing_of_it(
+    tmp_path: Path, sizes: str
+) -> None:
+    done = run_full(tmp_path / "priors", LIMIT, sizes=sizes)
     assert done.returncode == 7, done.stderr
     assert "cannot be written" in done.stdout
     assert "free some space" in done.stdout
