@@ -31,6 +31,7 @@ PURE_MODULES = (
     "raybooth.fleet.queue",
     "raybooth.fleet.planner",
     "raybooth.fleet.memory",
+    "raybooth.fleet.growth",
     "raybooth_serving.errors",
     "raybooth_serving.api",
     "raybooth_serving.slots",

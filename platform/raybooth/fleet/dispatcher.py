@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from raybooth.data.prior_cluster import PriorTask, generate_prior
 from raybooth.errors import RayBoothError
 from raybooth.fleet.events import Event, NoteEvent, Orders, PackEvent, PriorEvent, StateEvent
+from raybooth.fleet.growth import Patience, bundles
 from raybooth.fleet.launch import (
     free_capacity,
     free_orphans,
@@ -35,9 +36,6 @@ STOP_GRACE_S = 60.0
 """Time that workers have to write their checkpoints after the first Ctrl-C."""
 
 CANCEL_GRACE_S = 15.0
-NODE_WAIT_S = 1800.0
-"""Time that an autoscaler has to bring a node that a pack fits on."""
-
 LEAST_IMAGES_OF_A_TASK = 16
 """A prior is not split finer than this: every sampling task loads the base."""
 
@@ -69,7 +67,8 @@ class Dispatcher:
         self._stop_asked_at: float | None = None
         self._cancelled_at: float | None = None
         self._orders = Orders()
-        self._asked_for_nodes_at: float | None = None
+        self._patience = Patience()
+        self._asked_nodes: list[dict[str, float]] = []
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Trains until every pack has ended, or has stopped because it should."""
@@ -77,27 +76,35 @@ class Dispatcher:
             for job_id in pack.job_ids:
                 state: JobState = "waiting_prior" if pack.priors else "queued"
                 self._apply(StateEvent(job_id, state), pack=pack.pack_id)
-        while True:
-            self._drain()
-            self._end_priors()
-            self._end_packs()
-            if self._stop_asked_at is None and should_stop():
-                self._stop()
-            if self._stop_asked_at is None:
-                self._start_priors()
-                self._admit_packs()
-            else:
-                self._stop_harder()
-            if not self._packs and not self._priors and not self._packs_waiting:
-                break
-            self._follow_leases()
-            refs = [*self._packs, *self._priors]
-            if refs:
-                ray.wait(refs, num_returns=1, timeout=TICK_S)
-            else:
-                time.sleep(TICK_S)
+        try:
+            while True:
+                self._drain()
+                self._end_priors()
+                self._end_packs()
+                if self._stop_asked_at is None and should_stop():
+                    self._stop()
+                if self._stop_asked_at is None:
+                    self._start_priors()
+                    self._admit_packs()
+                    self._ask_for_nodes()
+                else:
+                    self._stop_harder()
+                if not self._packs and not self._priors and not self._packs_waiting:
+                    break
+                self._follow_leases()
+                self._rest()
+        finally:
+            self._request([])  # or nodes that nobody needs would stay
         self._drain()
         self._ledger.flush()
+
+    def _rest(self) -> None:
+        """Until something of ours ends, but a moment at most."""
+        refs = [*self._packs, *self._priors]
+        if refs:
+            ray.wait(refs, num_returns=1, timeout=TICK_S)
+        else:
+            time.sleep(TICK_S)
 
     def _stop(self) -> None:
         """Workers write their checkpoints and return; nothing new is started."""
@@ -134,7 +141,7 @@ class Dispatcher:
     def _prior_task(self, prior: PriorPlan) -> PriorTask:
         job = self._jobs[prior.job_ids[0]]
         assert job.prior_key is not None
-        asked = resources_of(job.subject.train.resources, self._total)
+        asked = self._prior_resources(prior)
         ready = sum(not pack.priors for pack in self._packs_waiting)
         workers = self._total.num_workers(asked)
         share = (workers - min(ready, workers - 1)) // max(1, len(self._priors_waiting))
@@ -189,7 +196,6 @@ class Dispatcher:
         ready = [pack for pack in self._packs_waiting if not self._missing & set(pack.priors)]
         for pack in ready:
             if not self._has_room(pack.resources):
-                self._ask_for_nodes(pack)
                 continue
             self._packs_waiting.remove(pack)
             task = self._pack_task(pack)
@@ -212,31 +218,58 @@ class Dispatcher:
     def _unreserved(self) -> Capacity:
         """The cluster without what our own packs and priors hold."""
         self._total = free = total_capacity()
-        held = [pack.resources for pack in self._packs.values()]
-        for _, task in self._priors.values():
-            held += [Resources(task.num_cpus, task.num_gpus)] * task.num_workers
-        for resources in held:
+        for resources in self._held():
             free = free.place(resources) or free
         return free
 
-    def _ask_for_nodes(self, pack: PackPlan) -> None:
-        """Has the autoscaler bring a node when none could ever hold the pack."""
-        if self._total.num_workers(pack.resources) or not self._can_grow:
-            self._asked_for_nodes_at = None
+    def _held(self) -> list[Resources]:
+        """The workers of our own packs and priors."""
+        held = [pack.resources for pack in self._packs.values()]
+        for _, task in self._priors.values():
+            held += [Resources(task.num_cpus, task.num_gpus)] * task.num_workers
+        return held
+
+    # nodes
+
+    def _ask_for_nodes(self) -> None:
+        """Has the autoscaler bring nodes for all that runs or could start; gives up on the rest."""
+        if not self._can_grow:
+            return
+        packs = {
+            pack.pack_id: pack.resources
+            for pack in self._packs_waiting
+            if not self._missing & set(pack.priors)
+        }
+        priors = {prior.need.digest: self._prior_resources(prior) for prior in self._priors_waiting}
+        waiting = {**packs, **priors}
+        self._request([*self._held(), *waiting.values()])
+        for name in sorted(self._patience.overdue(waiting, self._total, time.monotonic())):
+            reason = f"no node with {waiting[name]} came up in time"
+            if name in priors:
+                self._priors_waiting = [p for p in self._priors_waiting if p.need.digest != name]
+                self._drop_waiting(name, f"its prior could not be made: {reason}")
+                continue
+            for pack in [pack for pack in self._packs_waiting if pack.pack_id == name]:
+                self._packs_waiting.remove(pack)
+                for job_id in pack.job_ids:
+                    self._apply(StateEvent(job_id, "failed", error=reason))
+
+    def _request(self, workers: list[Resources]) -> None:
+        """Tells the autoscaler what the cluster should hold; stands until the next word."""
+        asked = bundles(workers)
+        if not self._can_grow or asked == self._asked_nodes:
             return
         from ray.autoscaler.sdk import request_resources
 
-        now = time.monotonic()
-        if self._asked_for_nodes_at is None:
-            self._asked_for_nodes_at = now
-            bundle = {"CPU": pack.resources.num_cpus, "GPU": pack.resources.num_gpus}
-            request_resources(bundles=[bundle])
-            self._apply(NoteEvent(f"waiting for a node with {pack.resources}"))
-        elif now - self._asked_for_nodes_at > NODE_WAIT_S:
-            self._packs_waiting.remove(pack)
-            reason = f"no node with {pack.resources} came up within {NODE_WAIT_S:g} s"
-            for job_id in pack.job_ids:
-                self._apply(StateEvent(job_id, "failed", error=reason))
+        request_resources(bundles=asked)
+        self._asked_nodes = asked
+        missing = [worker for worker in workers if not self._total.num_workers(worker)]
+        if missing:
+            self._apply(NoteEvent(f"waiting for nodes: {len(missing)} with {missing[0]}"))
+
+    def _prior_resources(self, prior: PriorPlan) -> Resources:
+        train = self._jobs[prior.job_ids[0]].subject.train
+        return resources_of(train.resources, self._total)
 
     def _pack_task(self, pack: PackPlan) -> PackTask:
         return PackTask(
