@@ -171,7 +171,8 @@ def token_split(base_or_tokenizer: Any, text: str) -> list[str]:
         tokenizer = tokenizer.tokenizer
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    return [tokenizer.convert_tokens_to_string([piece]).strip() for piece in pieces]
+    words = [tokenizer.convert_tokens_to_string([piece]) for piece in pieces]
+    return [word.strip().removesuffix("</w>") for word in words]
 
 
 def cut_tokens(base_or_tokenizer: Any, prompt: str) -> list[str]:

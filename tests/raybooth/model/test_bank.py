@@ -165,17 +165,21 @@ def test_serving_path_is_the_training_path(unet_folder: Path) -> None:
 def test_neighbours_slots_and_empty_rows_change_no_bit(
     unet_folder: Path, dtype: torch.dtype
 ) -> None:
-    """Equivalence 4 for one call: at a fixed batch size, only a row's own inputs matter."""
+    """Equivalence 4 for one call: at a fixed batch size, only a row's own inputs matter.
+
+    8 rows, because places are equal only where 1, 2 or 4 threads take as many rows each: with
+    3 threads a GELU's or a small product's border falls inside a row and rounds differently.
+    """
     unet = _unet(unet_folder, dtype)
     bank = _bank(unet, num_slots=5)
     bank.write(5, bank.read(1))
-    inputs = _inputs(6, dtype)
+    inputs = _inputs(8, dtype)
     other = tuple(torch.flip(t, (0,)) for t in inputs)
     with torch.no_grad():
-        bank.route(torch.tensor([1, 2, 3]), rows_each=2)
+        bank.route(torch.tensor([1, 2, 3, 1]), rows_each=2)
         out = _call(unet, inputs)
         # other neighbours, other slot of the same adapter, other place in the batch
-        for slots, place in (([5, 4, 0], 0), ([2, 1, 1], 2), ([0, 0, 5], 4)):
+        for slots, place in (([5, 4, 0, 2], 0), ([2, 1, 1, 3], 2), ([0, 0, 0, 5], 6)):
             mixed = tuple(b.clone() for b in other)
             for tensor, own in zip(mixed, inputs, strict=True):
                 tensor[place : place + 2] = own[:2]
@@ -185,7 +189,7 @@ def test_neighbours_slots_and_empty_rows_change_no_bit(
         empty = tuple(t.clone() for t in inputs)
         for tensor in empty:
             tensor[2:] = 0
-        bank.route(torch.tensor([1, 0, 0]), rows_each=2)
+        bank.route(torch.tensor([1, 0, 0, 0]), rows_each=2)
         assert torch.equal(_call(unet, empty)[:2], out[:2])  # type: ignore[arg-type]
 
 
