@@ -212,7 +212,6 @@ class Pack:
                 updates.append(SlotUpdate(entry.slot, rate, coefficient))
                 self._grow_loss_scale(entry)
             else:
-                grad_SP[entry.slot] = 0
                 if not math.isfinite(total):
                     problem = f"the loss is {total} at train step {entry.train_step}"
                 elif self._precision != "fp16" or entry.loss_scale <= 1.0:

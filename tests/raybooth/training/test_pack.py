@@ -127,6 +127,7 @@ def test_a_nan_fails_its_own_job_and_neighbours_do_not_notice(
     assert torch.isfinite(run.flat_SP).all()
     for job in (jobs[0], jobs[2], jobs[3]):
         assert run.reports[job.job_id][-1].status == "finished"
+    for job in (jobs[0], jobs[3]):
         alone = Run(chosen, [job])
         assert relative(run.flat(job), alone.flat(job)) <= (EXACT if exact else 0.05)
 
@@ -226,6 +227,39 @@ def test_fp16_overflow_skips_that_slots_step_and_halves_its_scale_alone(base: Ba
     assert (after.loss_scale, after.opt_step, after.train_step) == (2.0**39, 0, 1)
     neighbour = pack.state(jobs[0].job_id)
     assert (neighbour.loss_scale, neighbour.opt_step) == (65536.0, 1)
+    pack.close()
+
+
+def test_fp16_scale_doubles_after_two_thousand_good_steps(base: Base) -> None:
+    jobs = [make_job("robot", precision="fp16"), make_job("vase", precision="fp16")]
+    pack = Pack(base, jobs)
+    ready = replace(pack.state(jobs[0].job_id), good_steps=1999)
+    pack.close()
+    pack = Pack(base, jobs, states={jobs[0].job_id: ready})
+    pack.step()
+    after = [pack.state(job.job_id) for job in jobs]
+    assert [state.loss_scale for state in after] == [131072.0, 65536.0]
+    assert [state.good_steps for state in after] == [0, 1]
+    pack.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_fails_its_job_alone(precision: str, base: Base) -> None:
+    """The loss is finite, its gradient overflows; fp16 has no loss scale left to halve."""
+    sane = make_job("robot", precision=precision)
+    wild = make_job("vase", precision=precision, prior={"loss_weight": 1e37})
+    pack = Pack(base, [sane, wild])
+    low = replace(pack.state(wild.job_id), loss_scale=1.0)
+    pack.close()
+    pack = Pack(base, [sane, wild], states={wild.job_id: low})
+    before = flatten(pack.adapter(wild.job_id))
+    reports = pack.step()
+    assert [report.status for report in reports] == ["running", "failed"]
+    assert math.isfinite(reports[1].loss)
+    assert "the gradient is" in str(reports[1].error)
+    assert torch.equal(flatten(pack.adapter(wild.job_id)), before)
+    assert pack.active == (sane.job_id,)
+    assert torch.isfinite(pack.bank.flat_SP).all()
     pack.close()
 
 
