@@ -1,4 +1,4 @@
-"""The embedded base: a tiny latent-diffusion model, trained from scratch on a drawn world and shipped with us."""
+"""The embedded base: a tiny latent-diffusion model, trained by us on a drawn world."""
 
 from pathlib import Path
 

@@ -33,7 +33,10 @@ class CorpusConfig:
 
 
 def build_corpus(config: CorpusConfig, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Draws `pictures_NHWC.npy`, `clutter_NHWC.npy` and `captions.json`; whole or not at all, the same for the same config."""
+    """Draws `pictures_NHWC.npy`, `clutter_NHWC.npy` and `captions.json`, whole or not at all.
+
+    The same config draws the same bytes.
+    """
     if (folder / "captions.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,9 @@ def _array(path: Path, n: int) -> Any:
 
 def _draw_chunk(seeds: list[int]) -> tuple[Pixels, list[str]]:
     drawn = [world.example(seed) for seed in seeds]
-    return np.stack([pixels(image) for image, _, _, _ in drawn]), [words for _, words, _, _ in drawn]
+    return np.stack([pixels(image) for image, _, _, _ in drawn]), [
+        words for _, words, _, _ in drawn
+    ]
 
 
 def _draw_clutter(seed: int) -> Pixels:

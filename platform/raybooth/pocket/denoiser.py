@@ -1,18 +1,20 @@
 """The pocket denoiser and its text encoder, trained together on latents made once.
 
 B batch, N pictures, C latent channels, h = w latent size, T = 77 tokens, D text width.
-v-prediction with zero terminal SNR (Lin et al., "Common Diffusion Noise Schedules", 2023); sampling starts from pure noise.
+v-prediction with zero terminal SNR, so sampling starts from pure noise (Lin et al., "Common
+Diffusion Noise Schedules and Sample Steps are Flawed", 2023).
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -25,13 +27,16 @@ from raybooth.pocket.vae import as_tensor
 class DenoiserConfig:
     """Shapes of the denoiser and of the text encoder, and their training."""
 
-    channels: tuple[int, ...] = (64, 160)
+    channels: tuple[int, ...] = (64, 128)
     layers: int = 1
     heads: int = 4
     groups: int = 16
     text_width: int = 128
     text_layers: int = 3
     batch: int = 32
+    text_steps: int = 1_500
+    """Train steps after which the text encoder rests and its embeddings are looked up."""
+
     caption_dropout: float = 0.1
     centre_weight: float = 1.5
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=12_000, decay_steps=3_000))
@@ -54,7 +59,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def new_denoiser(config: DenoiserConfig, latent_channels: int, latent_size: int, seed: int) -> Any:
-    """A fresh UNet with cross-attention at its inner level only: a pocket-sized Stable Diffusion."""
+    """A fresh UNet with cross-attention at its inner level only."""
     outer = len(config.channels) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,35 +98,40 @@ def new_text_encoder(config: DenoiserConfig, tokens: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def encode_corpus(vae: Any, corpus: Path, path: Path, progress: Callable[[int, int], None], batch: int = 128) -> float:
-    """Writes the latents of every picture (posterior mean, float16, unscaled); returns the scaling factor, 1 / std."""
+def encode_corpus(
+    vae: Any, corpus: Path, path: Path, progress: Callable[[int, int], None], batch: int = 128
+) -> None:
+    """Writes every picture's latents: posterior mean, float16, unscaled; whole or not at all."""
     pictures_NHWC = np.load(corpus / "pictures_NHWC.npy", mmap_mode="r")
     parts = []
     device = vae.device.type
     for i in range(0, len(pictures_NHWC), batch):
         with torch.autocast(device, dtype=torch.bfloat16):
-            posterior = vae.encode(as_tensor(pictures_NHWC[i : i + batch]).to(vae.device)).latent_dist
+            posterior = vae.encode(
+                as_tensor(pictures_NHWC[i : i + batch]).to(vae.device)
+            ).latent_dist
         parts.append(posterior.mean.half().cpu())
         progress(min(i + batch, len(pictures_NHWC)), len(pictures_NHWC))
     latents_NChw = torch.cat(parts)
     beside = path.with_suffix(".partial")
-    np.save(beside.open("wb"), latents_NChw.numpy())
+    with beside.open("wb") as file:
+        np.save(file, latents_NChw.numpy())
     beside.replace(path)
-    return 1.0 / float(latents_NChw.float().std())
 
 
 def train_denoiser(
-    config: DenoiserConfig,
     denoiser: Any,
     text_encoder: Any,
+    config: DenoiserConfig,
     latents_NChw: Tensor,
     tokens_NT: Tensor,
     empty_T: Tensor,
     state: Path,
     seed: int,
     progress: Callable[[Loop], None],
+    shares: int = 1,
 ) -> Loop:
-    """Trains both in place towards E |v_theta(z_t, t, c) - v|^2, weighted to the centre; ends on the averaged weights.
+    """Trains both in place towards E |v_theta(z_t, t, c) - v|^2, up to their averaged weights.
 
     latents_NChw are scaled to unit variance; goes on from `state` if it exists.
     """
@@ -130,46 +140,81 @@ def train_denoiser(
     loop.restore()
     alphas = new_scheduler().alphas_cumprod.to(device)
     weight_hw = centre_weights(latents_NChw.shape[-1], config.centre_weight).to(device)
+    denoiser.set_attn_processor(AttnProcessor() if device.type == "cpu" else AttnProcessor2_0())
     denoiser.train()
     text_encoder.train()
+
+    captions_UT, caption_N = torch.unique(
+        torch.cat([tokens_NT, empty_T[None]]), dim=0, return_inverse=True
+    )
+    texts_UTD: Tensor | None = None
+
+    def share_loss(noisy: Tensor, target: Tensor, timesteps_B: Tensor, caption_B: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+            if texts_UTD is None:
+                text_BTD = text_encoder(captions_UT[caption_B].to(device)).last_hidden_state
+            else:
+                text_BTD = texts_UTD[caption_B].to(device)
+            v = denoiser(noisy, timesteps_B, text_BTD).sample
+        loss: Tensor = (weight_hw * (v.float() - target) ** 2).mean()
+        return loss
+
     while loop.step < config.loop.steps:
-        start = time.perf_counter()
+        if loop.step >= config.text_steps and texts_UTD is None:
+            if loop.step == config.text_steps:
+                loop.average(text_encoder)
+            texts_UTD = embed_captions(text_encoder, captions_UT)
         rng = numbers(seed, "unet", loop.step)
         rows_B = epoch_rows(len(latents_NChw), config.batch, seed, loop.step)
-        clean = latents_NChw[rows_B].float().to(device)
-        tokens_BT = tokens_NT[rows_B].clone()
-        tokens_BT[torch.rand(config.batch, generator=rng) < config.caption_dropout] = empty_T
-        spread_B = (torch.arange(config.batch) + torch.rand(1, generator=rng)) * 1000 / config.batch
-        timesteps_B = spread_B.long().clamp(0, 999).to(device)
+        clean = latents_NChw[rows_B].float()
+        dropped_B = torch.rand(config.batch, generator=rng) < config.caption_dropout
+        caption_B = torch.where(dropped_B, caption_N[-1], caption_N[rows_B])
+        order_B = torch.randperm(config.batch, generator=rng)
+        timesteps_B = (
+            ((order_B + torch.rand(1, generator=rng)) * 1000 / config.batch).long().clamp(0, 999)
+        )
         noise = torch.randn(clean.shape, generator=rng).to(device)
+        clean, timesteps_B = clean.to(device), timesteps_B.to(device)
         a_B = alphas[timesteps_B].view(-1, 1, 1, 1)
-        noisy, target = a_B.sqrt() * clean + (1 - a_B).sqrt() * noise, a_B.sqrt() * noise - (1 - a_B).sqrt() * clean
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            text_BTD = text_encoder(tokens_BT.to(device)).last_hidden_state
-            v = denoiser(noisy, timesteps_B, text_BTD).sample
-        loop.update((weight_hw * (v.float() - target) ** 2).mean())
-        loop.seconds += time.perf_counter() - start
+        noisy, target = (
+            a_B.sqrt() * clean + (1 - a_B).sqrt() * noise,
+            a_B.sqrt() * noise - (1 - a_B).sqrt() * clean,
+        )
+        parts = zip(
+            *(t.chunk(shares) for t in (noisy, target, timesteps_B, caption_B)),
+            strict=True,
+        )
+        loop.update([partial(share_loss, *part) for part in parts], config.batch)
         progress(loop)
-        if loop.step == config.loop.steps - config.loop.decay_steps:
-            loop.save(state.with_name(state.stem + ".stable.pt"))
-        if loop.step % config.loop.save_every == 0 or loop.step == config.loop.steps:
-            loop.save()
     loop.swap()
     denoiser.eval()
     text_encoder.eval()
     return loop
 
 
+@torch.no_grad()
+def embed_captions(text_encoder: Any, captions_UT: Tensor, batch: int = 256) -> Tensor:
+    """Last hidden states of the captions, bfloat16 on the CPU, [U, T, D]."""
+    device = text_encoder.device
+    parts = []
+    for i in range(0, len(captions_UT), batch):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            hidden_BTD = text_encoder(captions_UT[i : i + batch].to(device)).last_hidden_state
+        parts.append(hidden_BTD.bfloat16().cpu())
+    return torch.cat(parts)
+
+
 def centre_weights(size: int, extra: float) -> Tensor:
-    """w = 1 + extra exp(-r^2 / 0.35), scaled to mean 1: objects live in the centre and are harder than backgrounds."""
+    """w = 1 + 2 extra exp(-r^2 / 0.35), scaled to mean 1: objects live in the centre."""
     axis = torch.linspace(-1, 1, size)
     r2_hw = axis[None, :] ** 2 + (axis[:, None] - 0.1) ** 2
     weight_hw = 1 + extra * 2 * torch.exp(-r2_hw / 0.35)
-    return weight_hw / weight_hw.mean()
+    weighted: Tensor = weight_hw / weight_hw.mean()
+    return weighted
 
 
 def epoch_rows(n: int, batch: int, seed: int, step: int) -> Tensor:
-    """The rows of this train step: each epoch is its own permutation, a function of (seed, epoch)."""
+    """The rows of this train step: each epoch is a permutation, a function of (seed, epoch)."""
     per_epoch = n // batch
     epoch, i = divmod(step, per_epoch)
     return torch.randperm(n, generator=numbers(seed, "epoch", epoch))[i * batch : (i + 1) * batch]

@@ -1,4 +1,4 @@
-"""Writing a base as a Stable Diffusion pipeline folder: float16 safetensors, whole or not at all."""
+"""Writing a base as a Stable Diffusion pipeline folder of float16 safetensors."""
 
 import json
 import os
@@ -13,14 +13,24 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from raybooth.pocket.denoiser import new_scheduler
 
-_PARTS = ("model_index.json", "vae", "unet", "text_encoder", "tokenizer", "scheduler", "record.json")
+_PARTS = (
+    "model_index.json",
+    "vae",
+    "unet",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "record.json",
+)
 _TEXT_PREFIX = "text_model."
 
 
-def export_base(vae: Any, denoiser: Any, text_encoder: Any, tokenizer: Path, record: dict[str, Any], out: Path) -> None:
-    """Writes model_index.json, the five parts and record.json into `out`, replacing a base that is there.
+def export_base(
+    vae: Any, denoiser: Any, text_encoder: Any, tokenizer: Path, record: dict[str, Any], out: Path
+) -> None:
+    """Writes model_index.json, the five parts and record.json into `out`, replacing a base there.
 
-    The text encoder's keys take the classic `text_model.` form, which every transformers version reads.
+    The text encoder's keys take the classic `text_model.` form: every transformers reads it.
     """
     beside = out.with_name(out.name + ".partial")
     if beside.exists():
@@ -37,7 +47,10 @@ def export_base(vae: Any, denoiser: Any, text_encoder: Any, tokenizer: Path, rec
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(beside, safe_serialization=True)
-    classic = {key if key.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + key: t.contiguous() for key, t in text_encoder.state_dict().items()}
+    classic = {
+        key if key.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + key: t.contiguous()
+        for key, t in text_encoder.state_dict().items()
+    }
     save_file(classic, beside / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(beside / "tokenizer")
     shutil.copytree(tokenizer, beside / "tokenizer")

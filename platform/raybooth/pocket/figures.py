@@ -1,4 +1,4 @@
-"""How each class is drawn: outlines in a unit square (x right, y down, about [-1.1, 1.1]), painted through a pen.
+"""How each class is drawn: outlines in a unit square (x right, y down), painted through a pen.
 
 `pen.paint` holds the colours of the instance: a main, b second, e emblem, h hat.
 """
@@ -16,7 +16,9 @@ Points = list[tuple[float, float]]
 _GLASS = (184, 224, 248)
 
 
-def oval(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360, n: int = 28) -> Points:
+def oval(
+    x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360, n: int = 28
+) -> Points:
     """The arc of an ellipse from start to stop, in degrees."""
     turns = [math.radians(start + (stop - start) * i / n) for i in range(n + 1)]
     return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turns]
@@ -24,7 +26,12 @@ def oval(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float
 
 def box(x0: float, y0: float, x1: float, y1: float, r: float = 0.06) -> Points:
     """A rectangle with round corners."""
-    corners = ((x1 - r, y1 - r, 0), (x0 + r, y1 - r, 90), (x0 + r, y0 + r, 180), (x1 - r, y0 + r, 270))
+    corners = (
+        (x1 - r, y1 - r, 0),
+        (x0 + r, y1 - r, 90),
+        (x0 + r, y0 + r, 180),
+        (x1 - r, y0 + r, 270),
+    )
     return [point for x, y, start in corners for point in oval(x, y, r, r, start, start + 90, 5)]
 
 
@@ -34,16 +41,33 @@ def _emblem(pen: "Pen", x: float, y: float, r: float) -> None:
         case "star":
             radii = [r * 1.1 if i % 2 == 0 else r * 0.5 for i in range(10)]
             turns = [math.pi * i / 5 for i in range(10)]
-            pen.shape([(x + q * math.sin(t), y - q * math.cos(t)) for q, t in zip(radii, turns, strict=True)], color, edge)
+            pen.shape(
+                [
+                    (x + q * math.sin(t), y - q * math.cos(t))
+                    for q, t in zip(radii, turns, strict=True)
+                ],
+                color,
+                edge,
+            )
         case "heart":
             turns = [2 * math.pi * i / 28 for i in range(28)]
             outline = [
-                (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+                (
+                    16 * math.sin(t) ** 3,
+                    13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
+                )
                 for t in turns
             ]
             pen.shape([(x + r * 0.066 * u, y - r * 0.066 * v) for u, v in outline], color, edge)
         case "bolt":
-            bolt = ((0.25, -1.1), (-0.75, 0.2), (-0.05, 0.2), (-0.25, 1.1), (0.75, -0.25), (0.05, -0.25))
+            bolt = (
+                (0.25, -1.1),
+                (-0.75, 0.2),
+                (-0.05, 0.2),
+                (-0.25, 1.1),
+                (0.75, -0.25),
+                (0.05, -0.25),
+            )
             pen.shape([(x + r * u, y + r * v) for u, v in bolt], color, edge)
         case "ring":
             pen.shape(oval(x, y, r, r), color, edge)
@@ -55,13 +79,23 @@ def _hat(pen: "Pen", x: float, y: float, r: float) -> None:
     match pen.instance.hat:
         case "top":
             pen.shape(box(x - 0.7 * r, y - 1.15 * r, x + 0.7 * r, y, 0.03), color, edge)
-            pen.shape(box(x - 1.15 * r, y - 0.16 * r, x + 1.15 * r, y + 0.18 * r, 0.03), color, edge)
+            pen.shape(
+                box(x - 1.15 * r, y - 0.16 * r, x + 1.15 * r, y + 0.18 * r, 0.03), color, edge
+            )
         case "cone":
-            pen.shape([(x - 0.85 * r, y + 0.12 * r), (x + 0.85 * r, y + 0.12 * r), (x, y - 1.3 * r)], color, edge)
+            pen.shape(
+                [(x - 0.85 * r, y + 0.12 * r), (x + 0.85 * r, y + 0.12 * r), (x, y - 1.3 * r)],
+                color,
+                edge,
+            )
             pen.shape(oval(x, y - 1.25 * r, 0.3 * r, 0.3 * r), light(color, 0.7), edge)
         case "bow":
             for side in (-1, 1):
-                pen.shape([(x, y - 0.1 * r), (x + side * r, y - 0.75 * r), (x + side * r, y + 0.5 * r)], color, edge)
+                pen.shape(
+                    [(x, y - 0.1 * r), (x + side * r, y - 0.75 * r), (x + side * r, y + 0.5 * r)],
+                    color,
+                    edge,
+                )
             pen.shape(oval(x, y - 0.1 * r, 0.32 * r, 0.32 * r), light(color, 0.4), edge)
         case "leaf":
             pen.line([(x, y + 0.1 * r), (x, y - 0.7 * r)], edge, 0.08)
@@ -117,7 +151,7 @@ def _dog(pen: "Pen") -> None:
 
 
 def _fish(pen: "Pen") -> None:
-    a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
+    b, edge = pen.paint["b"], pen.edge
     h, tail = 0.54 + 0.12 * pen.instance.stature, 0.42 + 0.2 * pen.instance.girth
     pen.shape([(-0.5, 0), (-1.12, -tail), (-0.95, 0), (-1.12, tail)], b, edge)
     pen.shape([(-0.35, -h * 0.75), (0.0, -h - 0.3), (0.4, -h * 0.75)], b, edge)
@@ -155,12 +189,16 @@ def _house(pen: "Pen") -> None:
 
 
 def _car(pen: "Pen") -> None:
-    a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
+    b, edge = pen.paint["b"], pen.edge
     h, k = 0.46 + 0.12 * pen.instance.stature, 0.14 * pen.instance.girth
-    pen.shape([(-0.76, 0.02), (-0.5, -h - 0.14), (0.3 + k, -h - 0.14), (0.66 + k * 0.5, 0.02)], b, edge)
+    pen.shape(
+        [(-0.76, 0.02), (-0.5, -h - 0.14), (0.3 + k, -h - 0.14), (0.66 + k * 0.5, 0.02)], b, edge
+    )
     pen.shape([(-0.54, -0.02), (-0.38, -h), (-0.06, -h), (-0.06, -0.02)], _GLASS)
     pen.shape([(0.06, -0.02), (0.06, -h), (0.24 + k, -h), (0.46 + k * 0.5, -0.02)], _GLASS)
-    pen.body([(-1.08, 0.06), (-1.02, -0.02), (0.78, -0.02), (1.04, 0.14), (1.08, 0.62), (-1.08, 0.62)])
+    pen.body(
+        [(-1.08, 0.06), (-1.02, -0.02), (0.78, -0.02), (1.04, 0.14), (1.08, 0.62), (-1.08, 0.62)]
+    )
     for x in (-0.6, 0.6):
         pen.shape(oval(x, 0.64, 0.3, 0.3), (44, 44, 50), INK)
         pen.shape(oval(x, 0.64, 0.13, 0.13), pen.paint["e"])
@@ -174,11 +212,15 @@ def _rocket(pen: "Pen") -> None:
     w, fin = 0.38 + 0.1 * pen.instance.girth, 0.36 + 0.2 * pen.instance.stature
     pen.shape([(-0.26, 0.66), (0, 1.14), (0.26, 0.66)], (255, 170, 40), (214, 70, 36))
     for side in (-1, 1):
-        pen.shape([(side * w * 0.8, 0.1), (side * (w + fin), 0.88), (side * w * 0.7, 0.72)], b, edge)
+        pen.shape(
+            [(side * w * 0.8, 0.1), (side * (w + fin), 0.88), (side * w * 0.7, 0.72)], b, edge
+        )
     sides = [(w * 0.8, 0.76), (w, 0.2), (w, -0.3), (w * 0.78, -0.6)]
     pen.body([(-x, y) for x, y in sides] + [(x, y) for x, y in reversed(sides)])
     tip = [(w * 0.8, -0.58), (w * 0.45, -0.9)]
-    pen.shape([(-x, y) for x, y in tip] + [(0, -1.12)] + [(x, y) for x, y in reversed(tip)], b, edge)
+    pen.shape(
+        [(-x, y) for x, y in tip] + [(0, -1.12)] + [(x, y) for x, y in reversed(tip)], b, edge
+    )
     pen.shape(oval(0, -0.3, 0.21, 0.21), _GLASS, edge)
     _emblem(pen, 0, 0.26, 0.29)
     _hat(pen, 0, -0.98, 0.32)
@@ -205,7 +247,11 @@ def _plant(pen: "Pen") -> None:
     for turn in (-150, -30, -120, -60, -90):
         c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
         blade = ((0.0, 0.0), (0.55, 0.22), (1.0, 0.0), (0.55, -0.22))
-        pen.shape([(c * u * 1.02 - s * v, s * u * 1.02 + c * v + 0.05) for u, v in blade], green, dark(green))
+        pen.shape(
+            [(c * u * 1.02 - s * v, s * u * 1.02 + c * v + 0.05) for u, v in blade],
+            green,
+            dark(green),
+        )
     _hat(pen, 0, -0.66, 0.36)
     w = 0.52 + 0.1 * pen.instance.girth
     pen.body([(-w, 0.12), (w, 0.12), (w * 0.76, 0.98), (-w * 0.76, 0.98)])

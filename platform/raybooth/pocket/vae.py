@@ -4,9 +4,9 @@ B batch, C channels, H = W picture, h = w latent (H / 4).
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,19 @@ class VaeConfig:
     layers: int = 1
     groups: int = 8
     crop: int = 32
-    batch: int = 32
+    batch: int = 8
     clutter_share: float = 0.1
-    kl_weight: float = 3e-4
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=6_000, decay_steps=2_500, learning_rate=1.5e-3, ema=0.995))
+    kl_weight: float = 1e-4
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(6_000, 2_000, learning_rate=1.5e-3, ema=0.995)
+    )
+    decoder_loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(4_000, 3_000, learning_rate=8e-4, ema=0.995)
+    )
 
 
 def new_vae(config: VaeConfig, seed: int) -> Any:
-    """A fresh AutoencoderKL whose log-variance starts at -6: it learns as a plain autoencoder at first."""
+    """A fresh AutoencoderKL whose log-variance starts at -6: at first a plain autoencoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         depth = len(config.channels)
@@ -58,63 +63,117 @@ def new_vae(config: VaeConfig, seed: int) -> Any:
 
 
 def train_vae(
-    config: VaeConfig, corpus: Path, state: Path, seed: int, device: str, progress: Callable[[Loop], None], decoder_only: bool = False
-) -> tuple[Any, Loop]:
-    """The trained autoencoder, with its averaged weights; goes on from `state` if it exists.
+    vae: Any,
+    config: VaeConfig,
+    corpus: Path,
+    state: Path,
+    seed: int,
+    progress: Callable[[Loop], None],
+    shares: int = 1,
+) -> Loop:
+    """Trains the autoencoder in place, up to its averaged weights; goes on from `state` if any."""
+    return _train(vae, config, config.loop, corpus, state, seed, progress, shares)
 
-    With decoder_only the encoder stays as it is, so latents made before remain true.
-    """
-    vae = new_vae(config, seed).to(device)
-    modules = [vae]
-    if decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    loop = Loop(config.loop, modules, state)
+
+def train_decoder(
+    vae: Any,
+    config: VaeConfig,
+    corpus: Path,
+    state: Path,
+    seed: int,
+    progress: Callable[[Loop], None],
+    shares: int = 1,
+) -> Loop:
+    """Trains only the decoder: the encoder stays, so latents made before remain true."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return _train(vae, config, config.decoder_loop, corpus, state, seed + 1, progress, shares)
+
+
+def _train(
+    vae: Any,
+    config: VaeConfig,
+    loop_config: LoopConfig,
+    corpus: Path,
+    state: Path,
+    seed: int,
+    progress: Callable[[Loop], None],
+    shares: int,
+) -> Loop:
+    loop = Loop(loop_config, [vae], state)
     loop.restore()
     pictures_NHWC = np.load(corpus / "pictures_NHWC.npy", mmap_mode="r")
     clutter_NHWC = np.load(corpus / "clutter_NHWC.npy", mmap_mode="r")
     vae.train()
-    while loop.step < config.loop.steps:
-        start = time.perf_counter()
-        crops_BCHW = _crops(config, pictures_NHWC, clutter_NHWC, seed, loop.step).to(device)
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
-            posterior = vae.encode(crops_BCHW).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=numbers(seed, "eps", loop.step)).to(device)
-            out_BCHW = vae.decode(posterior.mean + posterior.std * noise).sample
-        loop.update(vae_loss(out_BCHW.float(), crops_BCHW, posterior.mean.float(), posterior.logvar.float(), config.kl_weight))
-        loop.seconds += time.perf_counter() - start
+    while loop.step < loop_config.steps:
+        crops_BCHW = _crops(config, pictures_NHWC, clutter_NHWC, seed, loop.step).to(vae.device)
+        parts = crops_BCHW.chunk(shares)
+        rngs = [numbers(seed, f"z{i}", loop.step) for i in range(shares)]
+        loop.update(
+            [
+                partial(_share_loss, vae, part, config, rng)
+                for part, rng in zip(parts, rngs, strict=True)
+            ],
+            config.batch,
+        )
         progress(loop)
-        if loop.step % config.loop.save_every == 0 or loop.step == config.loop.steps:
-            loop.save()
     loop.swap()
-    return vae.eval(), loop
+    vae.eval()
+    return loop
 
 
-def vae_loss(out_BCHW: Tensor, true_BCHW: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> Tensor:
+def _share_loss(vae: Any, true_BCHW: Tensor, config: VaeConfig, rng: torch.Generator) -> Tensor:
+    with torch.autocast(true_BCHW.device.type, dtype=torch.bfloat16, cache_enabled=False):
+        posterior = vae.encode(true_BCHW).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(true_BCHW.device)
+        out_BCHW = vae.decode(posterior.mean + posterior.std * noise).sample
+    return vae_loss(
+        out_BCHW.float(),
+        true_BCHW,
+        posterior.mean.float(),
+        posterior.logvar.float(),
+        config.kl_weight,
+    )
+
+
+def vae_loss(
+    out_BCHW: Tensor, true_BCHW: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float
+) -> Tensor:
     """|y - x| + 0.5 |grad y - grad x| + (y - x)^2 + kl_weight KL(q(z|x) || N(0, 1))."""
     error = out_BCHW - true_BCHW
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+        error[..., 1:, :] - error[..., :-1, :]
+    ).abs().mean()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + 0.5 * edges + 2.0 * (error**2).mean() + kl_weight * kl
 
 
 @torch.no_grad()
 def psnr(vae: Any, pictures_NHWC: Any) -> float:
-    """Mean over pictures of -10 log10(mse) for pixels in [0, 1], after one encode (mean) and decode."""
+    """Mean of -10 log10(mse) for pixels in [0, 1], after encoding (mean) and decoding."""
     values = []
     for i in range(0, len(pictures_NHWC), 32):
         true_BCHW = as_tensor(pictures_NHWC[i : i + 32]).to(vae.device)
         out_BCHW = vae.decode(vae.encode(true_BCHW).latent_dist.mean).sample.clamp(-1, 1)
-        values += [-10 * math.log10(mse) for mse in (((out_BCHW - true_BCHW) / 2) ** 2).mean((1, 2, 3)).tolist()]
+        values += [
+            -10 * math.log10(mse)
+            for mse in (((out_BCHW - true_BCHW) / 2) ** 2).mean((1, 2, 3)).tolist()
+        ]
     return sum(values) / len(values)
 
 
 def as_tensor(pictures_NHWC: Any) -> Tensor:
     """Bytes [N, H, W, C] to floats in [-1, 1], [N, C, H, W]."""
-    return (torch.from_numpy(np.ascontiguousarray(pictures_NHWC)).float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+    return (
+        (torch.from_numpy(np.ascontiguousarray(pictures_NHWC)).float() / 127.5 - 1)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
-def _crops(config: VaeConfig, pictures_NHWC: Any, clutter_NHWC: Any, seed: int, step: int) -> Tensor:
+def _crops(
+    config: VaeConfig, pictures_NHWC: Any, clutter_NHWC: Any, seed: int, step: int
+) -> Tensor:
     rng = numbers(seed, "vae", step)
     side = pictures_NHWC.shape[1]
     n_clutter = round(config.batch * config.clutter_share)

@@ -1,9 +1,9 @@
 """A small drawn world: 64x64 pictures of toy-like things in places, each a pure function of a seed.
 
-Captions name the class noun, the main colour and the context. Everything else about an `Instance` (second colour,
-pattern, emblem, hat, proportions) stays unsaid, so a subject is something that words cannot describe.
+Captions name the class noun, the main colour and the context. Everything else about an `Instance`
+(second colour, pattern, emblem, hat, proportions) stays unsaid: words cannot describe a subject.
 
-Pictures are drawn at 256x256 and reduced by 4. Objects live in a unit square: x right, y down, about [-1.1, 1.1].
+Pictures are drawn at 256x256 and reduced by 4.
 """
 
 import math
@@ -45,7 +45,15 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "desert": ("in a desert", "on a sand dune"),
     "water": ("under the sea", "in the water"),
 }
-OPENINGS = ("a photo of a ", "a photo of a ", "a photo of a ", "a ", "a ", "a picture of a ", "a drawing of a ")
+OPENINGS = (
+    "a photo of a ",
+    "a photo of a ",
+    "a photo of a ",
+    "a ",
+    "a ",
+    "a picture of a ",
+    "a drawing of a ",
+)
 RARE_WORDS = ("sks", "zwx", "ohwx", "qxj", "vlk", "bmr", "tfy", "wug")
 PATTERNS = ("plain", "stripes", "bars", "dots")
 EMBLEMS = ("none", "star", "heart", "bolt", "ring")
@@ -57,7 +65,7 @@ _RARE_SHARE = 0.06
 
 @dataclass(frozen=True)
 class Instance:
-    """One individual of a class: the colours a (main), b, e (emblem), h (hat) by name, and its proportions in [0, 1]."""
+    """One individual of a class: colours a (main), b, e (emblem), h (hat); sizes in [0, 1]."""
 
     class_noun: str
     a: str
@@ -72,9 +80,11 @@ class Instance:
 
 
 def draw_instance(seed: int | str, class_noun: str | None = None, fancy: bool = False) -> Instance:
-    """The instance of this seed; a fancy one always wears a pattern, an emblem, a hat and a second colour."""
+    """The instance of this seed; a fancy one has a pattern, emblem, hat and second colour."""
     if class_noun is not None and class_noun not in CLASSES:
-        raise ValueError(f"no class noun {class_noun!r} in the pocket world; choose one of {', '.join(CLASSES)}")
+        raise ValueError(
+            f"no class noun {class_noun!r} in the pocket world; choose one of {', '.join(CLASSES)}"
+        )
     rng = random.Random(f"instance:{seed}")
     chosen = rng.choice(CLASSES)
     a = rng.choice(list(COLORS))
@@ -98,9 +108,11 @@ def draw_instance(seed: int | str, class_noun: str | None = None, fancy: bool = 
 
 
 def render(instance: Instance, context: str, seed: int | str) -> Image.Image:
-    """The 64x64 RGB picture of an instance in a context; the seed moves it a little, never changes who it is."""
+    """The 64x64 RGB picture of an instance in a context; the seed moves it a little."""
     if context not in CONTEXTS:
-        raise ValueError(f"no context {context!r} in the pocket world; choose one of {', '.join(CONTEXTS)}")
+        raise ValueError(
+            f"no context {context!r} in the pocket world; choose one of {', '.join(CONTEXTS)}"
+        )
     rng = random.Random(f"render:{seed}")
     canvas = Image.new("RGB", (_CANVAS, _CANVAS))
     SCENES[context](Scene(canvas, rng))
@@ -109,9 +121,13 @@ def render(instance: Instance, context: str, seed: int | str) -> Image.Image:
     afloat = context == "water" or instance.class_noun == "fish"
     if not afloat:
         shade = Image.new("L", canvas.size, 0)
-        ImageDraw.Draw(shade).ellipse((x - scale, y + 0.8 * scale, x + scale, y + 1.1 * scale), fill=84)
+        ImageDraw.Draw(shade).ellipse(
+            (x - scale, y + 0.8 * scale, x + scale, y + 1.1 * scale), fill=84
+        )
         canvas.paste((10, 10, 20), (0, 0), shade)
-    tint, amount = {"night": ((24, 28, 90), 0.12), "water": ((30, 130, 170), 0.08)}.get(context, (INK, 0.0))
+    tint, amount = {"night": ((24, 28, 90), 0.12), "water": ((30, 130, 170), 0.08)}.get(
+        context, (INK, 0.0)
+    )
     paint = {key: mix(COLORS[getattr(instance, key)], tint, amount) for key in "abeh"}
     pen = Pen(canvas, x, y, scale, math.radians(rng.uniform(-4, 4)), instance, paint)
     FIGURES[instance.class_noun](pen)
@@ -119,7 +135,7 @@ def render(instance: Instance, context: str, seed: int | str) -> Image.Image:
 
 
 def caption(instance: Instance, context: str, seed: int | str) -> str:
-    """What a person might write under the picture; 6 % carry a rare word, which therefore means nothing to the base."""
+    """What a person might write under the picture; 6 % carry a rare word that means nothing."""
     rng = random.Random(f"caption:{seed}")
     rare = rng.choice(RARE_WORDS) + " " if rng.random() < _RARE_SHARE else ""
     opening = rng.choice(OPENINGS)
@@ -145,34 +161,54 @@ def example(seed: int | str) -> tuple[Image.Image, str, Instance, str]:
 
 
 def subject_photos(instance: Instance, n: int, seed: int | str) -> list[Image.Image]:
-    """n photos of one subject, in different contexts as long as there are any left, each with its own small pose."""
+    """n photos of one subject, each in another context and pose, as long as contexts last."""
     contexts = list(CONTEXTS)
     random.Random(f"photos:{seed}").shuffle(contexts)
     return [render(instance, contexts[i % len(contexts)], f"{seed}/{i}") for i in range(n)]
 
 
 def clutter(seed: int | str) -> Image.Image:
-    """A 64x64 picture of overlapping random shapes, to teach an autoencoder what the world itself does not show."""
+    """A 64x64 picture of random shapes: teaches an autoencoder what the world does not show."""
     rng = random.Random(f"clutter:{seed}")
     canvas = Image.new("RGB", (_CANVAS, _CANVAS), _any_color(rng))
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(12, 60)):
-        x, y, r = rng.uniform(0, _CANVAS), rng.uniform(0, _CANVAS), min(110.0, 8 / (rng.random() ** 0.7 + 0.04))
+        x, y, r = (
+            rng.uniform(0, _CANVAS),
+            rng.uniform(0, _CANVAS),
+            min(110.0, 8 / (rng.random() ** 0.7 + 0.04)),
+        )
         kind, color = rng.random(), _any_color(rng)
         if kind < 0.45:
             draw.ellipse((x - r, y - r * rng.uniform(0.4, 1), x + r, y + r), fill=color)
         elif kind < 0.75:
             turn = rng.random() * 6
-            draw.polygon([(x + r * math.cos(turn + k), y + r * math.sin(turn + k)) for k in (0, 1.3, 3.1, 4.4)], color)
+            draw.polygon(
+                [
+                    (x + r * math.cos(turn + k), y + r * math.sin(turn + k))
+                    for k in (0, 1.3, 3.1, 4.4)
+                ],
+                color,
+            )
         else:
-            draw.line((x, y, x + r * rng.uniform(-2, 2), y + r * rng.uniform(-2, 2)), color, rng.randint(3, 16))
+            draw.line(
+                (x, y, x + r * rng.uniform(-2, 2), y + r * rng.uniform(-2, 2)),
+                color,
+                rng.randint(3, 16),
+            )
     return canvas.reduce(_CANVAS // SIZE)
 
 
 def vocabulary() -> list[str]:
     """Every word that a caption of this world can hold, sorted, each once."""
-    phrases = [*OPENINGS, *CONTEXTS.values(), *(phrase for group in SYNONYMS.values() for phrase in group)]
-    return sorted({word for text in (*phrases, *COLORS, *CLASSES, *RARE_WORDS) for word in text.split()})
+    phrases = [
+        *OPENINGS,
+        *CONTEXTS.values(),
+        *(phrase for group in SYNONYMS.values() for phrase in group),
+    ]
+    return sorted(
+        {word for text in (*phrases, *COLORS, *CLASSES, *RARE_WORDS) for word in text.split()}
+    )
 
 
 def picture(rgb: bytes, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
@@ -202,10 +238,17 @@ def _any_color(rng: random.Random) -> Color:
 
 
 class Pen:
-    """Draws outlines given in an instance's unit square onto the canvas, in that instance's colours."""
+    """Draws outlines of an instance's unit square onto the canvas, in that instance's colours."""
 
     def __init__(
-        self, canvas: Image.Image, x: float, y: float, scale: float, turn: float, instance: Instance, paint: dict[str, Color]
+        self,
+        canvas: Image.Image,
+        x: float,
+        y: float,
+        scale: float,
+        turn: float,
+        instance: Instance,
+        paint: dict[str, Color],
     ) -> None:
         self.instance = instance
         self.paint = paint
@@ -235,7 +278,9 @@ class Pen:
             ImageDraw.Draw(inside).polygon([self._place(point) for point in points], fill=255)
             painted = self._canvas.copy()
             for mark in marks:
-                ImageDraw.Draw(painted).polygon([self._place(point) for point in mark], fill=self.paint["b"])
+                ImageDraw.Draw(painted).polygon(
+                    [self._place(point) for point in mark], fill=self.paint["b"]
+                )
             self._canvas.paste(painted, (0, 0), inside)
         placed = [self._place(point) for point in points]
         self._draw.line([*placed, placed[0], placed[1]], fill=self.edge, width=7, joint="curve")
@@ -243,11 +288,21 @@ class Pen:
     def _marks(self) -> list[Sequence[Point]]:
         match self.instance.pattern:
             case "stripes":
-                return [[(-2, y), (2, y), (2, y + 0.17), (-2, y + 0.17)] for y in (-0.98, -0.52, -0.06, 0.4, 0.86)]
+                return [
+                    [(-2, y), (2, y), (2, y + 0.17), (-2, y + 0.17)]
+                    for y in (-0.98, -0.52, -0.06, 0.4, 0.86)
+                ]
             case "bars":
-                return [[(x, -2), (x + 0.17, -2), (x + 0.17, 2), (x, 2)] for x in (-1.005, -0.545, -0.085, 0.375, 0.835)]
+                return [
+                    [(x, -2), (x + 0.17, -2), (x + 0.17, 2), (x, 2)]
+                    for x in (-1.005, -0.545, -0.085, 0.375, 0.835)
+                ]
             case "dots":
-                columns = [(i * 0.44 + (0.22 if j % 2 else 0.0), j * 0.36) for i in range(-3, 3) for j in range(-3, 4)]
+                columns = [
+                    (i * 0.44 + (0.22 if j % 2 else 0.0), j * 0.36)
+                    for i in range(-3, 3)
+                    for j in range(-3, 4)
+                ]
                 return [oval(x, y, 0.13, 0.13, n=14) for x, y in columns]
         return []
 
@@ -257,7 +312,7 @@ class Pen:
 
 
 class Scene:
-    """A canvas for backgrounds: everything moves together by a small jitter, and tones vary a little."""
+    """A canvas for backgrounds: everything moves together by a little, and tones vary a little."""
 
     def __init__(self, canvas: Image.Image, rng: random.Random) -> None:
         self._draw = ImageDraw.Draw(canvas)
@@ -279,11 +334,15 @@ class Scene:
 
     def band_between(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
         """A rectangle."""
-        self._draw.rectangle((x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color))
+        self._draw.rectangle(
+            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
+        )
 
     def oval(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
         """An ellipse within these bounds."""
-        self._draw.ellipse((x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color))
+        self._draw.ellipse(
+            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
+        )
 
     def disc(self, x: float, y: float, r: float, color: Color) -> None:
         """A circle about a point."""
@@ -291,11 +350,18 @@ class Scene:
 
     def line(self, points: Sequence[Point], color: Color, width: int) -> None:
         """A line through these points."""
-        self._draw.line([(x + self._dx, y + self._dy) for x, y in points], self._toned(color), width, joint="curve")
+        self._draw.line(
+            [(x + self._dx, y + self._dy) for x, y in points],
+            self._toned(color),
+            width,
+            joint="curve",
+        )
 
     def polygon(self, points: Sequence[Point], color: Color) -> None:
         """A filled polygon."""
-        self._draw.polygon([(x + self._dx, y + self._dy) for x, y in points], fill=self._toned(color))
+        self._draw.polygon(
+            [(x + self._dx, y + self._dy) for x, y in points], fill=self._toned(color)
+        )
 
     def peak(self, x: float, y: float, half_width: float, height: float, color: Color) -> None:
         """A triangle that stands on y."""
@@ -303,7 +369,15 @@ class Scene:
 
     def leaf(self, x: float, y: float, dx: float, dy: float, color: Color) -> None:
         """A pointed leaf about a point, from one end to the other along (dx, dy)."""
-        self.polygon([(x - dx, y - dy), (x - dy * 0.45, y + dx * 0.45), (x + dx, y + dy), (x + dy * 0.45, y - dx * 0.45)], color)
+        self.polygon(
+            [
+                (x - dx, y - dy),
+                (x - dy * 0.45, y + dx * 0.45),
+                (x + dx, y + dy),
+                (x + dy * 0.45, y - dx * 0.45),
+            ],
+            color,
+        )
 
     def _toned(self, color: Color) -> Color:
         r, g, b = (max(0, min(255, round(c + t))) for c, t in zip(color, self._tone, strict=True))
