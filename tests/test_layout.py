@@ -24,6 +24,7 @@ HEAVY = ("torch", "ray", "diffusers", "transformers", "deepspeed", "bitsandbytes
 PURE_MODULES = (
     "raybooth",
     "raybooth.errors",
+    "raybooth.reading",
     "raybooth.config",
     "raybooth.subject",
     "raybooth.store",
@@ -40,6 +41,7 @@ PURE_MODULES = (
 RAY_FILES = {
     "platform/raybooth/fleet/dispatcher.py",
     "platform/raybooth/fleet/launch.py",
+    "platform/raybooth/fleet/trainer.py",
     "platform/raybooth/data/prior_cluster.py",
     "serving/raybooth_serving/app.py",
 }
