@@ -1,1 +1,1 @@
-"""The endpoint: requests of many subjects, one batch, one store; sees the contract and the model."""
+"""The endpoint: requests of many subjects, one batch, one store; over contract and model only."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -220,6 +221,7 @@ def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _probe(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
@@ -229,10 +231,17 @@ def _connect() -> None:
                 logging_level=logging.ERROR,
                 object_store_memory=200 * 2**20,
             )
-    except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (RayError, OSError, RuntimeError, ValueError) as error:
         found = " ".join(str(error).split())[:200]
         do = "check RAY_ADDRESS, or unset it to start a Ray of our own"
         raise ClusterError("Ray cannot be reached", found, do if address else "") from error
+
+
+def _probe(address: str) -> None:
+    """Raises OSError when nobody listens; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _start_proxies(config: ServeConfig) -> None:
