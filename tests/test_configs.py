@@ -78,6 +78,13 @@ def test_hub_bases_are_pinned_to_a_commit(kind: str) -> None:
             assert set(revision) <= set("0123456789abcdef"), f"{path}: {revision}"
 
 
+def test_hub_bases_are_those_of_the_base_folder() -> None:
+    known = {(v["base"], v.get("revision")) for v in map(load_yaml, (CONFIGS / "base").glob("*"))}
+    for path in (path for path in FILES if path.parent.name in ("fleet", "serve")):
+        values = load_yaml(path)
+        assert (values.get("base", "pocket"), values.get("revision")) in known, path
+
+
 def test_fleets_name_train_configs_that_exist() -> None:
     for path in (path for path in FILES if path.parent.name == "fleet"):
         fleet = load_config(FleetConfig, path)
