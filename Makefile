@@ -30,7 +30,8 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo
 
-# The CPU build of torch is pinned first: a bare `torch` would bring gigabytes of CUDA.
+# torch comes first, at the tested version, so that nothing later pulls another one in. Where the
+# package index has no CPU build under that version, this brings the CUDA build: larger, as good.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
