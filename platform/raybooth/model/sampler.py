@@ -1,8 +1,10 @@
 """m = m_u + g (m_c - m_u): batched classifier-free guidance (Ho and Salimans 2021), a row an image.
 
 Rows of different prompts, slots, solvers, step counts, guidance and seeds share one call of the
-denoiser, each joining and leaving at any denoise step. A row's bytes depend on its own request and
-on the bucket (rows of the call), never on its neighbours. Latents are fp32 under any base dtype.
+denoiser, each joining and leaving at any denoise step. At one bucket (rows of the call) a row's
+bytes never depend on what its neighbours are, nor, on a CPU with 1, 2 or 4 threads and buckets that
+are powers of two, on its place among them (3 or 7 threads cut inside a row: rounding, 1e-6). Across
+buckets an image moves by rounding. Latents are fp32 under any base dtype.
 
 Shapes: R rows (padded to the bucket), B = 2 R denoiser rows (each row's unconditional, then its
 conditional), C H W latent size.
@@ -97,8 +99,8 @@ def start_row(
         plan=plan,
         latents_CHW=latents_CHW,
         x0_prev_CHW=torch.zeros_like(latents_CHW),
-        cond=cond,
-        uncond=uncond or encode_prompts(base, [request.negative_prompt]),
+        cond=_on(base, cond),
+        uncond=_on(base, uncond or encode_prompts(base, [request.negative_prompt])),
         guidance=request.guidance_scale,
         slot=request.slot,
         adapter_scale=request.adapter_scale,
@@ -200,6 +202,10 @@ def generate(
 def row_image(base: Base, row: Row) -> Image.Image:
     """The picture of a row that is done."""
     return Image.fromarray(decode_latents(base, row.latents_CHW[None])[0].numpy())
+
+
+def _on(base: Base, conditioning: Conditioning) -> Conditioning:
+    return {name: tensor.to(base.device) for name, tensor in conditioning.items()}
 
 
 def _stacked(tensors: Sequence[Tensor], bucket: int) -> Tensor:

@@ -29,11 +29,11 @@ BASES = {
     "zero_snr": ("v_prediction", True),
 }
 MIXED = (
-    SampleRequest("a photo of sks dog", seed=1, slot=1, num_inference_steps=7),
-    SampleRequest("a red cat", "blue", 2, 5, 3.0, "ddim", slot=2, adapter_scale=0.5),
-    SampleRequest("a vase", seed=3, num_inference_steps=9, guidance_scale=1.0, solver="euler"),
-    SampleRequest("a robot in the snow", "a dog", 4, 6, 12.0, "euler", slot=3),
-    SampleRequest("a robot in the snow", "a dog", 4, 6, 12.0, "euler", slot=1),
+    SampleRequest("a photo of sks dog", seed=1, slot=1, num_inference_steps=4),
+    SampleRequest("a red cat", "blue", 2, 3, 3.0, "ddim", slot=2, adapter_scale=0.5),
+    SampleRequest("a vase", seed=3, num_inference_steps=5, guidance_scale=1.0, solver="euler"),
+    SampleRequest("a robot in the snow", "a dog", 4, 3, 12.0, "euler", slot=3),
+    SampleRequest("a robot in the snow", "a dog", 4, 3, 12.0, "euler", slot=1),
 )
 
 
@@ -48,8 +48,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def base(folders: dict[str, Path]) -> Base:
-    return load_base(str(folders["epsilon"]))
+def bases(folders: dict[str, Path]) -> dict[str, Base]:
+    return {name: load_base(str(folder)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[str, Base]) -> Base:
+    return bases["epsilon"]
 
 
 @pytest.fixture
@@ -125,17 +130,15 @@ def _latents(
     return [row.latents_CHW for row in rows]
 
 
-@pytest.mark.parametrize("guidance", [7.5, 1.0, 0.5])
 @pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp2m"])
 @pytest.mark.parametrize("name", BASES)
 def test_an_image_is_the_pipelines(
-    folders: dict[str, Path], name: str, solver: str, guidance: float
+    folders: dict[str, Path], bases: dict[str, Base], name: str, solver: str
 ) -> None:
-    base = load_base(str(folders[name]))
-    pipe = _pipeline(folders[name], solver)
+    base, pipe = bases[name], _pipeline(folders[name], solver)
     # Euler from sigma 4096: see test_solver.py
     bound = 1e-4 if (name, solver) == ("zero_snr", "euler") else 1e-5
-    for num_steps in (4, 20):
+    for num_steps, guidance in ((4, 7.5), (16, 3.0), (4, 1.0), (3, 0.5)):
         request = SampleRequest("a photo of a red dog", "a cat", 5, num_steps, guidance, solver)
         latents, image = _theirs(pipe, request)
         assert _apart(_latents(base, None, [request])[0], latents) < bound
@@ -197,9 +200,9 @@ def _staggered(base: Base, bank: Bank) -> list[Tensor]:
 
 
 def test_across_buckets_an_image_moves_by_rounding_only(base: Base, bank: Bank) -> None:
-    alone = [_latents(base, bank, [request], bucket=1)[0] for request in MIXED]
+    alone = [_latents(base, bank, [request], bucket=1)[0] for request in MIXED[:4]]
     for bucket in (4, 16):
-        for request, latents in zip(MIXED, alone, strict=True):
+        for request, latents in zip(MIXED[:4], alone, strict=True):
             other = _latents(base, bank, [request], bucket=bucket)[0]
             assert _apart(other, latents) < 2e-5
 
