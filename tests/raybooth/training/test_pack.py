@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from tests.raybooth.training.jobs import (
 from torch import Tensor
 
 from raybooth.errors import ConfigError
-from raybooth.model.base import Base
+from raybooth.model.base import Base, load_base
+from raybooth.model.sampler import SampleRequest, generate
 from raybooth.training.pack import Pack, SlotJob, SlotReport
 from raybooth.training.reference import train_subject
 
@@ -203,9 +205,15 @@ def test_an_8bit_slot_does_not_notice_its_neighbours(base: Base) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_follows_fp32(precision: str, base: Base) -> None:
+@pytest.mark.parametrize("loaded", ["fp32", "low"])
+def test_low_precision_follows_fp32(
+    precision: str, loaded: str, base: Base, tiny_folder: Path
+) -> None:
+    """Whether the base is loaded in the low precision or cast call by call."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    low_base = base if loaded == "fp32" else load_base(str(tiny_folder), dtype=dtype)
     jobs = [make_job("robot", precision=kind) for kind in ("fp32", precision)]
-    full, low = (Run(base, [job]) for job in jobs)
+    full, low = Run(base, [jobs[0]]), Run(low_base, [jobs[1]])
     assert largest(low.losses(jobs[1]), full.losses(jobs[0])) <= 0.03
     assert low.flat_SP.dtype == torch.float32
 
@@ -283,3 +291,19 @@ def test_no_job_and_one_job_twice_are_refused(base: Base) -> None:
         Pack(base, [])
     with pytest.raises(ConfigError, match="must differ"):
         Pack(base, [make_job("robot"), make_job("robot", seed=3)])
+
+
+def test_sampling_between_train_steps_changes_no_bit(base: Base) -> None:
+    """As publishing a finished neighbour does."""
+    jobs = [make_job("robot"), make_job("vase", num_train_steps=2)]
+    request = SampleRequest("a photo of sks robot", num_inference_steps=2, height=32, width=32)
+    flats: list[Tensor] = []
+    for sampled in (False, True):
+        pack = Pack(base, jobs)
+        while pack.active:
+            pack.step()
+            if sampled:
+                generate(base, pack.bank, [replace(request, slot=pack.slot(jobs[1].job_id))])
+        flats.append(pack.bank.flat_SP.detach().clone())
+        pack.close()
+    assert torch.equal(flats[0], flats[1])
