@@ -44,6 +44,10 @@ APPLICATION = "raybooth"
 IMPORT_PATH = "raybooth_serving.app:build"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 START_TIMEOUT_S = 600.0
+START_ATTEMPTS = 3
+"""A Ray of our own dies at birth where its agent takes over 15 s to start (2.60, busy machine)."""
+
+logger = logging.getLogger(__name__)
 
 
 class EngineReplica:
@@ -219,22 +223,23 @@ def check_running() -> None:
 
 def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            _probe(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=200 * 2**20,
-            )
-    except (RayError, OSError, RuntimeError, ValueError) as error:
-        found = " ".join(str(error).split())[:200]
-        do = "check RAY_ADDRESS, or unset it to start a Ray of our own"
-        raise ClusterError("Ray cannot be reached", found, do if address else "") from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        what, do = "Ray cannot be reached", "check RAY_ADDRESS, or unset it to start a Ray here"
+    else:
+        what, do = "Ray did not start here", "run it again when this machine is less busy"
+        options |= {"include_dashboard": False, "object_store_memory": 200 * 2**20}
+    for attempt in range(1 if address else START_ATTEMPTS):
+        try:
+            if address:
+                _probe(address)
+            ray.init(address=address or "local", **options)
+            return
+        except Exception as error:  # noqa: BLE001  as bare as Ray raises it where it is slow
+            cause = error
+            ray.shutdown()
+            logger.warning("Ray did not start, attempt %d: %s", attempt + 1, error)
+    raise ClusterError(what, " ".join(str(cause).split())[:200], do) from cause
 
 
 def _probe(address: str) -> None:
