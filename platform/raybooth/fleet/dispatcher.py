@@ -22,7 +22,6 @@ from raybooth.fleet.launch import (
     reason_of,
     run_pack,
     total_capacity,
-    worker_environment,
 )
 from raybooth.fleet.ledger import JobLedger
 from raybooth.fleet.live import View
@@ -133,8 +132,7 @@ class Dispatcher:
                 return
             self._priors_waiting.pop(0)
             task = replace(task, num_workers=placed)
-            options = {"runtime_env": {"env_vars": worker_environment()}}
-            ref = generate_prior.options(**options).remote(task, self._monitor)
+            ref = generate_prior.remote(task, self._monitor)
             self._priors[ref] = (prior, task)
             self._apply(PriorEvent(task.key.digest, prior.need.num_cached, task.num_images))
 
@@ -199,8 +197,7 @@ class Dispatcher:
                 continue
             self._packs_waiting.remove(pack)
             task = self._pack_task(pack)
-            options = {"runtime_env": {"env_vars": worker_environment()}}
-            ref = run_pack.options(**options).remote(task, self._monitor)
+            ref = run_pack.remote(task, self._monitor)
             self._packs[ref] = pack
             self._unstarted.add(pack.pack_id)
             self._apply(PackEvent(pack.pack_id, "starting", f"{len(pack.job_ids)} subjects"))

@@ -48,6 +48,8 @@ class PackEvent:
     pack_id: str
     state: str
     text: str = ""
+    process: int | None = None
+    """Of a started worker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,12 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raybooth.errors import ClusterError, RayBoothError, TrainingError
 from raybooth.fleet.events import Monitor
+from raybooth.fleet.machine import WORKER_SETTINGS, this_machine
 from raybooth.fleet.planner import Capacity, NodeCapacity
 from raybooth.fleet.task import PackOutcome, PackTask
-from raybooth.fleet.worker import train_pack_fn
 
 CONNECT_S = 60.0
 OBJECT_STORE_BYTES = 150 << 20
@@ -31,7 +26,7 @@ OBJECT_STORE_BYTES = 150 << 20
 
 
 @contextmanager
-def cluster(runtime_env: Mapping[str, Any]) -> Iterator[bool]:
+def cluster() -> Iterator[bool]:
     """Ray for as long as the context lasts; yields whether an autoscaler may add nodes to it.
 
     An already running session is used as it is; else RAY_ADDRESS is joined; else a local Ray is
@@ -44,9 +39,10 @@ def cluster(runtime_env: Mapping[str, Any]) -> Iterator[bool]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address:
-            _join(address, {**quiet, "runtime_env": dict(runtime_env)})
+            _join(address, {**quiet, "runtime_env": {"env_vars": worker_environment()}})
         else:
-            _start({**quiet, "runtime_env": dict(runtime_env)})
+            os.environ.update(worker_environment())  # its processes are our children
+            _start(quiet)
         yield bool(address)
     finally:
         ray.shutdown()
@@ -77,10 +73,17 @@ def run_pack(task: PackTask, monitor: Any) -> PackOutcome:
     Raises TrainingError with the last reason when it fails for good. The main thread of this
     task is inside `fit()`, so `ray.cancel` ends the run cleanly.
     """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from raybooth.fleet.trainer import PackTrainer
+    from raybooth.fleet.worker import train_pack_fn
+
     resources = {"CPU": task.resources.num_cpus}
     if task.resources.num_gpus:
         resources["GPU"] = task.resources.num_gpus
-    trainer = TorchTrainer(
+    trainer = PackTrainer(
         train_pack_fn,
         train_loop_config={"task": task, "monitor": monitor},
         scaling_config=ScalingConfig(
@@ -144,30 +147,29 @@ def worker_environment() -> dict[str, str]:
     source = str(Path(__file__).resolve().parents[2])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     known = [str(Path(path).resolve()) for path in paths]
-    names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PRINT_PATCH")
     return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([source, *known])),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        **{name: os.environ[name] for name in names if name in os.environ},
+        **{name: os.environ[name] for name in WORKER_SETTINGS if name in os.environ},
     }
 
 
 def _start(options: Mapping[str, Any]) -> None:
-    from raybooth.fleet.machine import this_machine
-
     machine = this_machine().nodes[0]
-    try:
-        ray.init(
-            address="local",
-            num_cpus=int(machine.num_cpus),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **options,
-        )
-    except (RuntimeError, OSError, ValueError) as error:
-        do = "see RAY_TMPDIR for its logs, or set RAY_ADDRESS to a running cluster"
-        raise ClusterError("the local Ray did not start", _last_line(error), do) from error
+    for last in (False, False, True):  # Ray gives its own parts 15 s: too few on a busy machine
+        try:
+            ray.init(
+                address="local",
+                num_cpus=int(machine.num_cpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **options,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            if last:
+                do = "free the machine, or set RAY_ADDRESS to a running cluster"
+                raise ClusterError("the local Ray did not start", _last_line(error), do) from error
 
 
 def _join(address: str, options: Mapping[str, Any]) -> None:
@@ -181,7 +183,9 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
     signal.setitimer(signal.ITIMER_REAL, CONNECT_S)
     try:
         ray.init(address=address, **options)
-    except (RuntimeError, OSError, ValueError, RayError) as error:
+    except ClusterError:
+        raise
+    except Exception as error:  # Ray raises bare ones here
         raise ClusterError(f"Ray at {address} cannot be used", _last_line(error), do) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

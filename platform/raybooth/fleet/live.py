@@ -203,7 +203,9 @@ def line_of(event: Event, progress: Progress, told: _Rhythm) -> str | None:
                 return None
             return f"prior {prior.class_prompt!r}: {event.num_done}/{event.num_wanted}"
         case PackEvent():
-            return f"{event.pack_id}: {event.state}{': ' + event.text if event.text else ''}"
+            process = f" as process {event.process}" if event.process else ""
+            text = f": {event.text}" if event.text else ""
+            return f"{event.pack_id}: {event.state}{process}{text}"
         case NoteEvent():
             return event.text
 

@@ -47,22 +47,29 @@ def prepare_environment() -> None:
 
     A local Ray gets a token of its own that no file holds; what the caller has set stays.
     """
-    for name, value in _RAY_SETTINGS.items():
+    local = not os.environ.get("RAY_ADDRESS")
+    for name, value in {**_SETTINGS, **(_LOCAL_SETTINGS if local else {})}.items():
         os.environ.setdefault(name, value)
-    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+    if local and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-_RAY_SETTINGS = {
+_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DEDUP_LOGS": "0",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_killing_policy_by_group": "true",
-    "RAY_worker_maximum_startup_concurrency": "8",  # a pack is eight processes; no warning
+    "RAY_worker_killing_policy_by_group": "true",  # out of memory: the worker, not its helpers
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LOCAL_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not taken away
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody scrapes it
+    "RAY_worker_maximum_startup_concurrency": "8",  # no warning about a pack's own processes
+}
+WORKER_SETTINGS = tuple(name for name in _SETTINGS if not name.startswith("RAY_worker"))
+"""Settings that the processes of a fleet read."""

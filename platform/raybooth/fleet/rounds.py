@@ -165,12 +165,11 @@ class _Rounds:
 
     def _dispatch(self, job_ids: Sequence[str]) -> None:
         from raybooth.fleet.dispatcher import Dispatcher
-        from raybooth.fleet.launch import cluster, total_capacity, worker_environment
+        from raybooth.fleet.launch import cluster, total_capacity
 
         if self._can_grow is None:
             self._tell(NoteEvent("starting Ray"))
-            environment = {"env_vars": worker_environment()}
-            self._can_grow = self._context.enter_context(cluster(environment))
+            self._can_grow = self._context.enter_context(cluster())
         fingerprint = self._survey.base_fingerprint
         steps = {job_id: self._queue.get(job_id).train_step for job_id in job_ids}
         plan = plan_fleet(

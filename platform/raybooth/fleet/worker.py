@@ -53,7 +53,7 @@ class PackWorker:
 
     def run(self) -> PackOutcome:
         """Trains and publishes every member that is neither published nor failed yet."""
-        self._reporter.send(PackEvent(self._task.pack_id, "started", f"process {os.getpid()}"))
+        self._reporter.send(PackEvent(self._task.pack_id, "started", process=os.getpid()))
         waiting = self._waiting()
         if not waiting:
             return self._outcome()

@@ -104,7 +104,7 @@ def test_lines_tell_changes_and_not_every_step(progress: Progress) -> None:
         StateEvent("rex-1", "published", reference="rex@1"),
         StateEvent("tom-1", "failed", error="disk full"),
         PriorEvent("d1", 100, 100),
-        PackEvent("pack-1", "started", "process 7"),
+        PackEvent("pack-1", "started", process=7),
         NoteEvent("a note"),
     ):
         progress.apply(last)
@@ -116,7 +116,7 @@ def test_lines_tell_changes_and_not_every_step(progress: Progress) -> None:
         "rex: published as rex@1",
         "tom: failed: disk full",
         "prior 'a photo of a dog': 100/100",
-        "pack-1: started: process 7",
+        "pack-1: started as process 7",
         "a note",
     ]
 
