@@ -16,7 +16,7 @@ import ray
 
 from raybooth.errors import ClusterError, RayBoothError, TrainingError
 from raybooth.fleet.events import Monitor
-from raybooth.fleet.machine import WORKER_SETTINGS, this_machine
+from raybooth.fleet.machine import WORKER_SETTINGS, gpu_memory_bytes, this_machine
 from raybooth.fleet.planner import Capacity, NodeCapacity
 from raybooth.fleet.task import PackOutcome, PackTask
 
@@ -212,6 +212,7 @@ def _node(resources: Mapping[str, float]) -> NodeCapacity:
         num_cpus=float(resources.get("CPU", 0.0)),
         num_gpus=float(resources.get("GPU", 0.0)),
         memory_bytes=int(memory) if memory else None,
+        gpu_memory_bytes=gpu_memory_bytes(resources),
     )
 
 
