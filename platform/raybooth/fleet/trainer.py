@@ -9,7 +9,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 
-class PackTrainer(TorchTrainer):
+class PackTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer that starts four processes where Ray's own starts seven.
 
     A pack has no Ray Data sets, and the dispatcher frees the placement groups of dead
