@@ -216,7 +216,7 @@ class FleetConfig(Strict):
     """A fleet file: one base, one way of training, many subjects."""
 
     base: str = "pocket"
-    """`pocket`, a folder in diffusers' layout, or a Hub id."""
+    """`pocket`, a name of configs/base, a folder in diffusers' layout, or a Hub id."""
 
     revision: str | None = None
     """Commit of a Hub id; required for one."""
@@ -229,11 +229,13 @@ class FleetConfig(Strict):
 
 
 class BaseConfig(Strict):
-    """A base to load; the files of configs/base."""
+    """A base by a short name; the files of configs/base. `base: sd15` means configs/base/sd15."""
 
-    base: str = "pocket"
+    base: str
+    """`pocket`, a name of configs/base, a folder in diffusers' layout, or a Hub id."""
+
     revision: str | None = None
-    precision: Precision = "fp32"
+    """Commit of a Hub id; required for one."""
 
 
 class EngineConfig(Strict):

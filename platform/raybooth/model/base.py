@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from raybooth.config import BaseConfig, configs_folder, load_config
 from raybooth.errors import BaseModelError
 from raybooth.model.families import Conditioning, Family, find_family
 from raybooth.model.fingerprint import WEIGHTS, fingerprint_base, read_json, weight_files
@@ -34,6 +35,7 @@ __all__ = [
     "token_split",
 ]
 
+_SHORT_NAME = re.compile(r"[\w-]+")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ("*.json", "tokenizer/*.txt", *(f"{p}/{s}*.safetensors" for p, s in WEIGHTS.items()))
@@ -89,7 +91,7 @@ class Base:
 
 
 def resolve_base(source: str, revision: str | None = None) -> Path:
-    """The folder that `source` means: `pocket`, a folder, or a Hub id at a pinned commit.
+    """The folder that `source` means: `pocket`, a folder, a file of configs/base, or a Hub id.
 
     Raises BaseModelError when there is no such folder, the revision is not a 40-digit commit, or
     the Hub cannot give it. Never fetches pickles.
@@ -105,8 +107,15 @@ def resolve_base(source: str, revision: str | None = None) -> Path:
             do = "remove it; a folder is known by its fingerprint"
             raise BaseModelError("a revision has no effect on a folder", revision, do)
         return folder.resolve()
+    named = configs_folder() / "base" / f"{source}.yaml"
+    if _SHORT_NAME.fullmatch(source) and source != "pocket" and named.is_file():
+        config = load_config(BaseConfig, named)
+        if revision is not None:
+            do = f"remove it; {named.name} pins one"
+            raise BaseModelError(f"a revision has no effect on {source!r}", revision, do)
+        return resolve_base(config.base, config.revision)
     if source == "pocket" or not _HUB_ID.fullmatch(source):
-        do = "give `pocket`, a folder in diffusers' layout, or a Hub id with a revision"
+        do = "give `pocket`, a name of configs/base, a folder in diffusers' layout, or a Hub id"
         raise BaseModelError(f"no base is called {source!r}", f"no folder {folder}", do)
     if revision is None or not _COMMIT.fullmatch(revision):
         raise BaseModelError(

@@ -292,3 +292,12 @@ def test_the_tiny_base_is_a_pipeline_that_listens_to_its_prompt(tiny: Path) -> N
     first, second = (np.asarray(image, float) for image in images)
     assert first.std() > 10
     assert np.abs(first - second).mean() > 2
+
+
+def test_a_short_name_means_a_file_of_configs_base() -> None:
+    with pytest.raises(BaseModelError, match="stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        resolve_base("sd15")
+    with pytest.raises(BaseModelError, match=r"sd15\.yaml pins one"):
+        resolve_base("sd15", "0" * 40)
+    with pytest.raises(BaseModelError, match="no base is called 'sd99'"):
+        resolve_base("sd99")
