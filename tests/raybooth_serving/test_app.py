@@ -20,7 +20,7 @@ from openai import OpenAI
 from PIL import Image
 
 from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig
-from raybooth.errors import ServingError
+from raybooth.errors import InputProblems, ServingError
 from raybooth.model.base import Base
 from raybooth.store import Store
 from raybooth_serving.client import Client
@@ -160,6 +160,14 @@ def test_a_client_that_leaves_frees_its_rows(endpoint: Endpoint) -> None:
         assert time.monotonic() < deadline, "the rows of a client that left are still denoised"
         time.sleep(0.1)
     assert pixels(endpoint.client, "dog-b")
+
+
+def test_a_serve_config_may_name_one_of_ours(endpoint: Endpoint, tmp_path: Path) -> None:
+    from raybooth_serving.app import build
+
+    assert build({"config": "pocket-cpu", "home": str(tmp_path), "num_replicas": 2})
+    with pytest.raises(InputProblems, match="num_replica is not a known key"):
+        build({"config": "pocket-cpu", "home": str(tmp_path), "num_replica": 2})
 
 
 def test_the_small_client(endpoint: Endpoint) -> None:

@@ -70,6 +70,7 @@ def test_serve_until_ctrl_c(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
@@ -79,7 +80,7 @@ def test_serve_until_ctrl_c(
         assert client.generate("dog-a", "a photo of sks dog", n=2)
         publish(store, base, "newcomer", 8)
         assert client.generate("newcomer", "a dog")
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in errors
