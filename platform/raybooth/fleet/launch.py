@@ -119,9 +119,11 @@ def reason_of(error: BaseException) -> str:
             return reason_of(cause)
     if isinstance(error, RayBoothError):
         return str(error)
+    if "worker process has died" in str(error):
+        return "its worker process died: killed, out of memory, or crashed"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = type(error).__name__
-    return f"{name}: {lines[-1] if lines else 'no message'}"[:500]
+    return f"{name}: {lines[-1] if lines else 'no message'}"[:300]
 
 
 def free_orphans() -> None:

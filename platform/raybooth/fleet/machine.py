@@ -93,6 +93,7 @@ SETTINGS = {
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not taken away
     "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody scrapes it
+    "RAY_worker_niceness": "0",  # Ray's 15 would give way to anything else that runs
     "RAY_worker_maximum_startup_concurrency": "8",  # no warning about a pack's own processes
 }
 WORKER_SETTINGS = tuple(name for name in SETTINGS if not name.startswith("RAY_worker"))

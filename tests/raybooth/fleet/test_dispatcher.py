@@ -24,11 +24,11 @@ from raybooth.store import WEIGHTS, Store
 
 pytestmark = pytest.mark.ray
 
-STEPS = 150
+STEPS = 60
 TRAIN: dict[str, Any] = {
     "num_train_steps": STEPS,
     "checkpoint": {"every_steps": 5},
-    "resources": {"num_cpus": 2, "num_gpus": 0},
+    "resources": {"num_cpus": 1, "num_gpus": 0},
 }
 
 
@@ -102,7 +102,7 @@ def undisturbed(fleet: Path, folders: Folders, subject_id: str, root: Path) -> F
     apart = replace(Folders.at(root), priors=folders.priors)
     task = pack_task(survey_of(fleet, apart), apart, [subject_id])
     train_pack_fn(
-        {"task": replace(task, resources=replace(task.resources, num_cpus=2)), "monitor": Mailbox()}
+        {"task": replace(task, resources=replace(task.resources, num_cpus=1)), "monitor": Mailbox()}
     )
     return apart
 
@@ -123,7 +123,7 @@ def test_a_killed_worker_resumes_and_a_lost_pack_fails_alone(
     assert sorted(report.published) == ["fido@1", "rex@1"]
     assert list(report.failed) == ["doom"]
     assert report.unfinished == ()
-    assert "pack-" in report.failed["doom"]
+    assert "worker process died" in report.failed["doom"]
     jobs = {job.subject_id: job for job in Queue(folders.store.parent / "fleet.db").jobs()}
     assert (jobs["rex"].state, jobs["rex"].train_step) == ("published", STEPS)
     assert (jobs["doom"].state, jobs["doom"].error) == ("failed", report.failed["doom"])
