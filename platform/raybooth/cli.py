@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     debug = False
+    _hush()
     try:
         arguments = build_parser().parse_args(argv)
         debug = arguments.debug
@@ -69,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = f" ({error.filename})" if error.filename else ""
         print(f"raybooth: {error.strerror or error}{named}", file=sys.stderr)
         return 1
+
+
+def _hush() -> None:
+    """Libraries' advice about packages that RayBooth does not need stays off people's screens."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

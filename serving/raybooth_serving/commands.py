@@ -36,7 +36,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     port = free_port(config.host, config.port)
     folder = _base_folder(config.base, config.revision)
-    is_path = config.base != "pocket" and config.revision is None
+    is_path = config.base != "pocket" and Path(config.base).expanduser().is_dir()
     base = str(folder) if is_path else config.base  # replicas run in folders of their own
     config = config.model_copy(update={"port": port, "base": base})
 

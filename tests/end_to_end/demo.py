@@ -59,14 +59,16 @@ CAST = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    out: Path = parser.parse_args().out.absolute()
+    parser.add_argument("--train-steps", type=int, help="instead of configs/train/pocket-lora's")
+    options = parser.parse_args()
+    out: Path = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "RAYBOOTH_HOME": str(out / "home")}
     console = Console()
     seconds: dict[str, float] = {}
 
     with _phase("draw six subjects", seconds, console):
-        fleet = _write_fleet(out)
+        fleet = _write_fleet(out, options.train_steps)
     with _phase("train and publish", seconds, console):
         _raybooth(["train", str(fleet)], environment)
     serving = _endpoint(environment, out / "serve.log")
@@ -81,7 +83,7 @@ def main() -> int:
     return 0
 
 
-def _write_fleet(out: Path) -> Path:
+def _write_fleet(out: Path, train_steps: int | None) -> Path:
     """Photos of each subject, and a fleet file that trains one of them without a prior too."""
     subjects: list[dict[str, Any]] = []
     for cast in CAST:
@@ -96,7 +98,10 @@ def _write_fleet(out: Path) -> Path:
     fleet = {
         "base": "pocket",
         "train": "pocket-lora",
-        "defaults": {"identifier": IDENTIFIER},
+        "defaults": {
+            "identifier": IDENTIFIER,
+            "overrides": {} if train_steps is None else {"num_train_steps": train_steps},
+        },
         "subjects": subjects,
     }
     path = out / "fleet.yaml"
