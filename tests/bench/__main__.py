@@ -47,7 +47,7 @@ def _print(report: BenchReport, console: Console) -> None:
     table = Table(*heads, title=report.title)
     for row in report.rows:
         spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-        table.add_row(row.name, f"{row.median:.2f}", f"{row.ratio:.2f}", spread)
+        table.add_row(row.name, f"{row.median:.3g}", f"{row.ratio:.2f}", spread)
     console.print(table)
     for note in report.notes:
         console.print(note)
@@ -63,7 +63,7 @@ def _write(reports: list[BenchReport]) -> Path:
         lines += ["|---|---|---|---|"]
         for row in report.rows:
             spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-            lines.append(f"| {row.name} | {row.median:.2f} | {row.ratio:.2f} | {spread} |")
+            lines.append(f"| {row.name} | {row.median:.3g} | {row.ratio:.2f} | {spread} |")
         lines += ["", *report.notes] if report.notes else []
     RESULTS.mkdir(exist_ok=True)
     kind = "cpu" if facts["gpu"] == "none" else "gpu"

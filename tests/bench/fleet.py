@@ -42,8 +42,11 @@ def run(rounds: int) -> list[BenchReport]:
         ]
         command = "python -m tests.bench fleet"
         reference = contenders[0].name
-        count = min(rounds, 2)
-        return [measure(title, "subjects/s", contenders, reference, count, command, notes)]
+        count = max(1, rounds // 5)  # whole programs: long, and cold by design
+        report = measure(
+            title, "subjects/s", contenders, reference, count, command, notes, warm_up=False
+        )
+        return [report]
 
 
 def _photos(folder: Path, index: int, class_noun: str) -> dict[str, str]:

@@ -59,9 +59,10 @@ def measure(
     rounds: int,
     command: str,
     notes: list[str] | None = None,
+    warm_up: bool = True,
 ) -> BenchReport:
     """Each contender once to warm up, then `rounds` rounds in alternating order."""
-    for contender in contenders:
+    for contender in contenders if warm_up else []:
         contender.run()
     per_s: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for index in range(rounds):
