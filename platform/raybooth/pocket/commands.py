@@ -102,13 +102,17 @@ def _draw(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    import os
     from dataclasses import replace
 
     from raybooth import pocket
     from raybooth.errors import InputError
     from raybooth.pocket.pretrain import PretrainConfig, gpu_config, pretrain
 
-    config = gpu_config(args.seed) if args.device == "cuda" else PretrainConfig(seed=args.seed)
+    if args.device == "cuda":
+        config = gpu_config(args.seed)
+    else:
+        config = PretrainConfig(seed=args.seed, processes=min(2, os.cpu_count() or 1))
     if args.steps is not None:
         if args.steps < 4:
             raise InputError(

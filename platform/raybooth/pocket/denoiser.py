@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from raybooth.pocket.loop import Loop, LoopConfig, numbers
+from raybooth.pocket.team import Team
 from raybooth.pocket.tokenizer import LENGTH
 from raybooth.pocket.vae import as_tensor
 
@@ -34,9 +35,6 @@ class DenoiserConfig:
     text_width: int = 128
     text_layers: int = 3
     batch: int = 32
-    text_steps: int = 1_500
-    """Train steps after which the text encoder rests and its embeddings are looked up."""
-
     caption_dropout: float = 0.1
     centre_weight: float = 1.5
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=12_000, decay_steps=3_000))
@@ -129,14 +127,14 @@ def train_denoiser(
     state: Path,
     seed: int,
     progress: Callable[[Loop], None],
-    shares: int = 1,
+    team: Team,
 ) -> Loop:
     """Trains both in place towards E |v_theta(z_t, t, c) - v|^2, up to their averaged weights.
 
     latents_NChw are scaled to unit variance; goes on from `state` if it exists.
     """
     device = denoiser.device
-    loop = Loop(config.loop, (denoiser, text_encoder), state)
+    loop = Loop(config.loop, (denoiser, text_encoder), state, team)
     loop.restore()
     alphas = new_scheduler().alphas_cumprod.to(device)
     weight_hw = centre_weights(latents_NChw.shape[-1], config.centre_weight).to(device)
@@ -144,31 +142,19 @@ def train_denoiser(
     denoiser.train()
     text_encoder.train()
 
-    captions_UT, caption_N = torch.unique(
-        torch.cat([tokens_NT, empty_T[None]]), dim=0, return_inverse=True
-    )
-    texts_UTD: Tensor | None = None
-
-    def share_loss(noisy: Tensor, target: Tensor, timesteps_B: Tensor, caption_B: Tensor) -> Tensor:
+    def share_loss(noisy: Tensor, target: Tensor, timesteps_B: Tensor, tokens_BT: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
-            if texts_UTD is None:
-                text_BTD = text_encoder(captions_UT[caption_B].to(device)).last_hidden_state
-            else:
-                text_BTD = texts_UTD[caption_B].to(device)
+            text_BTD = text_encoder(tokens_BT).last_hidden_state
             v = denoiser(noisy, timesteps_B, text_BTD).sample
         loss: Tensor = (weight_hw * (v.float() - target) ** 2).mean()
         return loss
 
     while loop.step < config.loop.steps:
-        if loop.step >= config.text_steps and texts_UTD is None:
-            if loop.step == config.text_steps:
-                loop.average(text_encoder)
-            texts_UTD = embed_captions(text_encoder, captions_UT)
         rng = numbers(seed, "unet", loop.step)
         rows_B = epoch_rows(len(latents_NChw), config.batch, seed, loop.step)
         clean = latents_NChw[rows_B].float()
-        dropped_B = torch.rand(config.batch, generator=rng) < config.caption_dropout
-        caption_B = torch.where(dropped_B, caption_N[-1], caption_N[rows_B])
+        tokens_BT = tokens_NT[rows_B].clone()
+        tokens_BT[torch.rand(config.batch, generator=rng) < config.caption_dropout] = empty_T
         order_B = torch.randperm(config.batch, generator=rng)
         timesteps_B = (
             ((order_B + torch.rand(1, generator=rng)) * 1000 / config.batch).long().clamp(0, 999)
@@ -181,7 +167,7 @@ def train_denoiser(
             a_B.sqrt() * noise - (1 - a_B).sqrt() * clean,
         )
         parts = zip(
-            *(t.chunk(shares) for t in (noisy, target, timesteps_B, caption_B)),
+            *(t.chunk(team.shares) for t in (noisy, target, timesteps_B, tokens_BT.to(device))),
             strict=True,
         )
         loop.update([partial(share_loss, *part) for part in parts], config.batch)
@@ -190,18 +176,6 @@ def train_denoiser(
     denoiser.eval()
     text_encoder.eval()
     return loop
-
-
-@torch.no_grad()
-def embed_captions(text_encoder: Any, captions_UT: Tensor, batch: int = 256) -> Tensor:
-    """Last hidden states of the captions, bfloat16 on the CPU, [U, T, D]."""
-    device = text_encoder.device
-    parts = []
-    for i in range(0, len(captions_UT), batch):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            hidden_BTD = text_encoder(captions_UT[i : i + batch].to(device)).last_hidden_state
-        parts.append(hidden_BTD.bfloat16().cpu())
-    return torch.cat(parts)
 
 
 def centre_weights(size: int, extra: float) -> Tensor:

@@ -7,13 +7,14 @@ resumed loop equals an uninterrupted one bit for bit.
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from raybooth.pocket.team import Team
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,13 @@ class LoopConfig:
 
 
 class Loop:
-    """Modules trained together: `update` is one train step of AdamW and of the averaged weights.
+    """Modules trained together: `update` is one train step of AdamW and of the averaged weights."""
 
-    Each share of a batch runs in a thread of its own: on a busy machine that is
-    several times faster than OpenMP threads, which wait for each other at every operation.
-    """
-
-    def __init__(self, config: LoopConfig, modules: Sequence[nn.Module], path: Path) -> None:
+    def __init__(
+        self, config: LoopConfig, modules: Sequence[nn.Module], path: Path, team: Team
+    ) -> None:
         self.config, self.step, self.rows, self.loss, self.seconds = config, 0, 0, 0.0, 0.0
-        self.path = path
+        self.path, self.team = path, team
         self._saved_at, self._tick = time.monotonic(), time.monotonic()
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         groups = [
@@ -65,18 +64,13 @@ class Loop:
         rate = self.config.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        if len(shares) == 1:
-            parts = [self._gradients(shares[0])]
-        else:
-            with ThreadPoolExecutor(len(shares)) as pool:
-                parts = list(pool.map(self._gradients, shares))
-        grads = [
-            torch.stack(part).mean(0) if len(part) > 1 and part[0] is not None else part[0]
-            for part in zip(*(g for _, g in parts), strict=True)
-        ]
-        for p, grad in zip(self.parameters, grads, strict=True):
-            p.grad = grad
-        loss = sum(value for value, _ in parts) / len(parts)
+        flat = self._gradients([shares[i] for i in self.team.mine()])
+        self.team.add(flat)
+        flat /= len(shares)
+        start = 0
+        for p in self.parameters:
+            p.grad = flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self._optimizer.step()
         self.step += 1
@@ -84,7 +78,7 @@ class Loop:
         decay = min(self.config.ema, (1 + self.step) / (12 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self._averaged, [p.detach() for p in self.parameters], 1 - decay)
-        self.loss += (loss - self.loss) / min(self.step, 200)
+        self.loss += (float(flat[-1]) - self.loss) / min(self.step, 200)
         now = time.monotonic()
         self.seconds, self._tick = self.seconds + now - self._tick, now
         if self.step == self.config.steps - self.config.decay_steps:
@@ -93,16 +87,16 @@ class Loop:
             self.save()
             self._saved_at = now
 
-    def _gradients(self, share: Callable[[], Tensor]) -> tuple[float, Sequence[Tensor]]:
-        loss = share()
-        return loss.item(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
-
-    def average(self, module: nn.Module) -> None:
-        """Put a module's averaged weights in place for good: it is not trained from here on."""
-        places = {id(p): place for place, p in enumerate(self.parameters)}
-        with torch.no_grad():
-            for p in module.parameters():
-                p.copy_(self._averaged[places[id(p)]])
+    def _gradients(self, shares: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """The shares' gradients and, last, their losses: summed and flat."""
+        total: Tensor | None = None
+        for share in shares:
+            loss = share()
+            grads = torch.autograd.grad(loss, self.parameters)
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), loss.detach().reshape(1)])
+            total = flat if total is None else total + flat
+        assert total is not None, "every process has at least one share"
+        return total
 
     def swap(self) -> None:
         """Exchanges the trained and the averaged weights; twice is nothing."""
@@ -114,6 +108,8 @@ class Loop:
 
     def save(self, path: Path | None = None) -> None:
         """Writes the state beside, syncs, renames: a killed process leaves the last whole state."""
+        if not self.team.leads:
+            return
         target = path or self.path
         target.parent.mkdir(parents=True, exist_ok=True)
         state = {

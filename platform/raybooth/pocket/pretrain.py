@@ -6,10 +6,10 @@ Each stage leaves its state in the work folder, whole or not at all; a resumed r
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from raybooth.pocket.denoiser import (
     train_denoiser,
 )
 from raybooth.pocket.export import export_base, load_base
-from raybooth.pocket.loop import Loop
+from raybooth.pocket.loop import Loop, LoopConfig
 from raybooth.pocket.progress import stage
+from raybooth.pocket.team import Team, run_together
 from raybooth.pocket.tokenizer import LENGTH, write_tokenizer
 from raybooth.pocket.vae import VaeConfig, new_vae, psnr, train_decoder, train_vae
 
@@ -45,6 +46,7 @@ class PretrainConfig:
     seed: int = 0
     device: str = "cpu"
     shares: int = 2
+    processes: int = 1
     init: Path | None = None
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -74,27 +76,36 @@ def gpu_config(seed: int = 0, steps: int = 20_000) -> PretrainConfig:
 
 
 def pretrain(config: PretrainConfig, out: Path, work: Path, resume: bool) -> dict[str, Any]:
-    """Trains a base into `out`, returns its record; resumed equals uninterrupted, bit for bit."""
+    """Trains a base into `out`, returns its record; resumed equals uninterrupted, bit for bit.
+
+    `config.shares` parts of each batch are computed by `config.processes` processes.
+    """
+    if config.shares % config.processes:
+        found = f"{config.shares} shares, {config.processes} processes"
+        raise InputError("shares must divide among processes", found, "change one of them")
     _claim(config, work, resume)
-    if config.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.shares))
-    began = time.monotonic()
-    corpus = work / "corpus"
     with stage("world", config.corpus.pictures) as tell:
-        build_corpus(config.corpus, corpus, lambda done, _: tell(done, "pictures"))
-    tokens = write_tokenizer(work / "tokenizer")
+        build_corpus(config.corpus, work / "corpus", lambda done, _: tell(done, "pictures"))
+    write_tokenizer(work / "tokenizer")
+    run_together(partial(_train, config, out, work), config.shares, config.processes)
+    record: dict[str, Any] = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _train(config: PretrainConfig, out: Path, work: Path, team: Team) -> None:
+    """Every stage after the corpus, in one process of the team; the first of them exports."""
+    corpus, tokenizer = work / "corpus", work / "tokenizer"
+    captions = json.loads((corpus / "captions.json").read_text(encoding="utf-8"))
+    tokens = len(json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")))
     parts = _parts(config, tokens)
+    vae, seed = parts["vae"], config.seed
     loops: dict[str, Loop] = {}
     if config.init is None:
-        with _training("vae", config.vae.loop.steps) as watch:
-            loops["vae"] = train_vae(
-                parts["vae"], config.vae, corpus, work / "vae.pt", config.seed, watch, config.shares
-            )
-    latents_NChw = _latents(parts["vae"], corpus, work, config.init is None)
-    tokens_NT, empty_T = tokenize(
-        work / "tokenizer", json.loads((corpus / "captions.json").read_text(encoding="utf-8"))
-    )
-    with _training("denoiser", config.denoiser.loop.steps) as watch:
+        with _training("vae", config.vae.loop, team) as watch:
+            loops["vae"] = train_vae(vae, config.vae, corpus, work / "vae.pt", seed, watch, team)
+    latents_NChw = _latents(vae, corpus, work, config.init is None, team)
+    tokens_NT, empty_T = tokenize(tokenizer, captions)
+    with _training("denoiser", config.denoiser.loop, team) as watch:
         loops["denoiser"] = train_denoiser(
             parts["denoiser"],
             parts["text_encoder"],
@@ -103,26 +114,17 @@ def pretrain(config: PretrainConfig, out: Path, work: Path, resume: bool) -> dic
             tokens_NT,
             empty_T,
             work / "denoiser.pt",
-            config.seed,
+            seed,
             watch,
-            config.shares,
+            team,
         )
     if config.vae.decoder_loop.steps:
-        with _training("decoder", config.vae.decoder_loop.steps) as watch:
-            loops["decoder"] = train_decoder(
-                parts["vae"],
-                config.vae,
-                corpus,
-                work / "decoder.pt",
-                config.seed,
-                watch,
-                config.shares,
-            )
-    record = record_of(config, parts["vae"], loops, time.monotonic() - began)
-    export_base(
-        parts["vae"], parts["denoiser"], parts["text_encoder"], work / "tokenizer", record, out
-    )
-    return record
+        with _training("decoder", config.vae.decoder_loop, team) as watch:
+            state = work / "decoder.pt"
+            loops["decoder"] = train_decoder(vae, config.vae, corpus, state, seed, watch, team)
+    if team.leads:
+        record = record_of(config, vae, loops)
+        export_base(vae, parts["denoiser"], parts["text_encoder"], tokenizer, record, out)
 
 
 def tokenize(folder: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -143,9 +145,7 @@ def held_out(n: int) -> Any:
     return np.stack([pixels(world.example(_HELD_OUT_SEED + i)[0]) for i in range(n)])
 
 
-def record_of(
-    config: PretrainConfig, vae: Any, loops: dict[str, Loop], seconds: float
-) -> dict[str, Any]:
+def record_of(config: PretrainConfig, vae: Any, loops: dict[str, Loop]) -> dict[str, Any]:
     """What was done, with what, for how long: the record beside the weights."""
     packages = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "pillow")
     device = torch.cuda.get_device_name() if config.device.startswith("cuda") else _processor()
@@ -165,8 +165,8 @@ def record_of(
             for name, loop in loops.items()
         },
         "vae_psnr_db": round(psnr(vae, held_out(64)), 2),
-        "seconds": round(seconds),
-        "hardware": {"device": device, "cores": os.cpu_count(), "threads": config.shares},
+        "seconds": round(sum(loop.seconds for loop in loops.values())),
+        "hardware": {"device": device, "cores": os.cpu_count(), "processes": config.processes},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
@@ -235,13 +235,14 @@ def _parts(config: PretrainConfig, tokens: int) -> dict[str, Any]:
     }
 
 
-def _latents(vae: Any, corpus: Path, work: Path, fit: bool) -> Tensor:
+def _latents(vae: Any, corpus: Path, work: Path, fit: bool, team: Team) -> Tensor:
     """The corpus as scaled latents; with fit, the scaling factor is computed from them."""
     path = work / "latents_NChw.npy"
-    if not path.exists():
+    if team.leads and not path.exists():
         n = len(np.load(corpus / "pictures_NHWC.npy", mmap_mode="r"))
         with stage("latents", n) as tell:
             encode_corpus(vae, corpus, path, lambda done, _: tell(done, "pictures"))
+    team.wait()
     latents_NChw: Tensor = torch.from_numpy(np.load(path))
     if fit:
         vae.register_to_config(scaling_factor=1.0 / float(latents_NChw.float().std()))
@@ -260,9 +261,12 @@ def _processor() -> str:
 
 
 @contextmanager
-def _training(name: str, steps: int) -> Iterator[Callable[[Loop], None]]:
-    """A stage whose progress is a loop's: step, loss, samples each second."""
-    with stage(name, steps) as tell:
+def _training(name: str, config: LoopConfig, team: Team) -> Iterator[Callable[[Loop], None]]:
+    """A stage whose progress is a loop's: train step, loss, samples each second."""
+    if not team.leads:
+        yield lambda loop: None
+        return
+    with stage(name, config.steps) as tell:
         yield lambda loop: tell(
             loop.step, f"loss {loop.loss:.4f}, {loop.rows / max(loop.seconds, 1e-9):.0f} samples/s"
         )

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from raybooth.pocket.loop import Loop, LoopConfig, numbers
+from raybooth.pocket.team import Team
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class VaeConfig:
         default_factory=lambda: LoopConfig(6_000, 2_000, learning_rate=1.5e-3, ema=0.995)
     )
     decoder_loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(4_000, 3_000, learning_rate=8e-4, ema=0.995)
+        default_factory=lambda: LoopConfig(4_000, 3_600, 3e-4, warmup_steps=300, ema=0.995)
     )
 
 
@@ -69,10 +70,10 @@ def train_vae(
     state: Path,
     seed: int,
     progress: Callable[[Loop], None],
-    shares: int = 1,
+    team: Team,
 ) -> Loop:
     """Trains the autoencoder in place, up to its averaged weights; goes on from `state` if any."""
-    return _train(vae, config, config.loop, corpus, state, seed, progress, shares)
+    return _train(vae, config, config.loop, corpus, state, seed, progress, team)
 
 
 def train_decoder(
@@ -82,12 +83,12 @@ def train_decoder(
     state: Path,
     seed: int,
     progress: Callable[[Loop], None],
-    shares: int = 1,
+    team: Team,
 ) -> Loop:
     """Trains only the decoder: the encoder stays, so latents made before remain true."""
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    return _train(vae, config, config.decoder_loop, corpus, state, seed + 1, progress, shares)
+    return _train(vae, config, config.decoder_loop, corpus, state, seed + 1, progress, team)
 
 
 def _train(
@@ -98,17 +99,17 @@ def _train(
     state: Path,
     seed: int,
     progress: Callable[[Loop], None],
-    shares: int,
+    team: Team,
 ) -> Loop:
-    loop = Loop(loop_config, [vae], state)
+    loop = Loop(loop_config, [vae], state, team)
     loop.restore()
     pictures_NHWC = np.load(corpus / "pictures_NHWC.npy", mmap_mode="r")
     clutter_NHWC = np.load(corpus / "clutter_NHWC.npy", mmap_mode="r")
     vae.train()
     while loop.step < loop_config.steps:
         crops_BCHW = _crops(config, pictures_NHWC, clutter_NHWC, seed, loop.step).to(vae.device)
-        parts = crops_BCHW.chunk(shares)
-        rngs = [numbers(seed, f"z{i}", loop.step) for i in range(shares)]
+        parts = crops_BCHW.chunk(team.shares)
+        rngs = [numbers(seed, f"z{i}", loop.step) for i in range(team.shares)]
         loop.update(
             [
                 partial(_share_loss, vae, part, config, rng)

@@ -29,7 +29,13 @@ def config() -> PretrainConfig:
         corpus=CorpusConfig(pictures=40, clutter=8, workers=1),
         vae=replace(vae, clutter_share=0.25),
         denoiser=DenoiserConfig(
-            (16, 32), heads=2, groups=8, text_width=32, text_layers=1, batch=4, loop=loop(5)
+            (16, 32),
+            heads=2,
+            groups=8,
+            text_width=32,
+            text_layers=1,
+            batch=4,
+            loop=loop(5),
         ),
     )
 
@@ -75,6 +81,19 @@ def test_resumed_equals_uninterrupted(
     killed_at(1000)
     pretrain(config, tmp_path / "base", tmp_path / "work", resume=True)
     assert weights(tmp_path / "base") == weights(whole / "base")
+
+
+def test_two_processes_give_what_one_gives(
+    config: PretrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    pretrain(replace(config, processes=2), tmp_path / "base", tmp_path / "work", resume=False)
+    assert weights(tmp_path / "base") == weights(whole / "base")
+
+
+def test_shares_must_divide_among_processes(config: PretrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 shares, 3 processes"):
+        pretrain(replace(config, processes=3), tmp_path / "base", tmp_path / "work", resume=False)
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_exported_base_samples_and_says_how_it_came_to_be(
