@@ -54,7 +54,7 @@ def export_base(
     save_file(classic, beside / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(beside / "tokenizer")
     shutil.copytree(tokenizer, beside / "tokenizer")
-    _drop_paths(beside)
+    _neutral_configs(beside)
     (beside / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in beside.rglob("*"):
         if file.is_file():
@@ -88,9 +88,15 @@ def _half(module: Any) -> Any:
     return copy.to("cpu", torch.float16)
 
 
-def _drop_paths(folder: Path) -> None:
-    """Takes the exporting machine's folder names out of the written configs."""
+def _neutral_configs(folder: Path) -> None:
+    """Takes the exporting machine's folder names and the file's precision out of the configs.
+
+    transformers loads in the precision that a config names and diffusers in float32: a plain
+    `from_pretrained` of float16 files would mix them.
+    """
     for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config.pop("_name_or_path", None)
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
