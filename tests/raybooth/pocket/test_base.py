@@ -55,7 +55,7 @@ def test_weights_are_half_precision_safetensors_in_classic_names() -> None:
 
 def test_no_config_holds_a_path_of_the_machine_that_wrote_it() -> None:
     for file in pocket.path().rglob("*.json"):
-        assert "/work/" not in file.read_text()
+        assert file.name == "vocab.json" or '": "/' not in file.read_text()
         assert "_name_or_path" not in file.read_text()
 
 
