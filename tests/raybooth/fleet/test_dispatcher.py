@@ -24,7 +24,8 @@ from raybooth.store import WEIGHTS, Store
 
 pytestmark = pytest.mark.ray
 
-STEPS = 60
+STEPS = 300
+"""Enough that a worker is still busy when what it must meet comes, on a quick machine too."""
 TRAIN: dict[str, Any] = {
     "num_train_steps": STEPS,
     "checkpoint": {"every_steps": 5},
