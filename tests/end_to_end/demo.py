@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--train-steps", type=int, help="instead of configs/train/pocket-lora's")
     options = parser.parse_args()
     out: Path = options.out.absolute()
+    shutil.rmtree(out / "home", ignore_errors=True)  # each demo starts from nothing, to be timed
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "RAYBOOTH_HOME": str(out / "home")}
     console = Console()
