@@ -1,0 +1,32 @@
+"""Everything a person writes: frozen, unknown keys refused, one default beside each field."""
+
+from raybooth.config.adapter import AdapterConfig as AdapterConfig
+from raybooth.config.fleet import BaseConfig as BaseConfig
+from raybooth.config.fleet import FleetConfig as FleetConfig
+from raybooth.config.fleet import PromptsConfig as PromptsConfig
+from raybooth.config.fleet import SubjectConfig as SubjectConfig
+from raybooth.config.fleet import SubjectDefaults as SubjectDefaults
+from raybooth.config.objective import ObjectiveConfig as ObjectiveConfig
+from raybooth.config.objective import PriorConfig as PriorConfig
+from raybooth.config.optimizer import OptimizerConfig as OptimizerConfig
+from raybooth.config.serve import EngineConfig as EngineConfig
+from raybooth.config.serve import LimitsConfig as LimitsConfig
+from raybooth.config.serve import SamplingDefaults as SamplingDefaults
+from raybooth.config.serve import ServeConfig as ServeConfig
+from raybooth.config.train import CheckpointConfig as CheckpointConfig
+from raybooth.config.train import PackConfig as PackConfig
+from raybooth.config.train import ResourcesConfig as ResourcesConfig
+from raybooth.config.train import SamplesConfig as SamplesConfig
+from raybooth.config.train import TrainConfig as TrainConfig
+from raybooth.config.words import Precision as Precision
+from raybooth.config.words import Solver as Solver
+from raybooth.config.words import SubjectId as SubjectId
+from raybooth.reading import Model as Model
+from raybooth.reading import Strict as Strict
+from raybooth.reading import configs_folder as configs_folder
+from raybooth.reading import find_config as find_config
+from raybooth.reading import load_config as load_config
+from raybooth.reading import load_yaml as load_yaml
+from raybooth.reading import merge as merge
+from raybooth.reading import parse_config as parse_config
+from raybooth.reading import problems_of as problems_of

@@ -1,0 +1,80 @@
+"""The endpoint; the files of configs/serve."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raybooth.config.words import Precision, Solver
+from raybooth.reading import Strict
+
+
+class EngineConfig(Strict):
+    """The denoising loop of one serving replica."""
+
+    num_slots: int = Field(16, ge=1, le=4096)
+    """Adapters resident in the bank at once, the null adapter not counted."""
+
+    max_rank: int = Field(16, ge=1, le=256)
+    targets: Literal["attention", "all"] | tuple[str, ...] = "all"
+    row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16)
+    """Images denoised together, padded up to the next of these."""
+
+    max_queued_images: int = Field(256, ge=1)
+    """Images that may wait; a request beyond them is refused (429)."""
+
+    max_prompt_cache: int = Field(4096, ge=1)
+    """Prompt embeddings kept in memory."""
+
+    max_host_adapters: int = Field(1024, ge=1)
+    """Adapters kept in host memory, ready to be written to a slot."""
+
+    @model_validator(mode="after")
+    def _buckets_ascend(self) -> Self:
+        if not self.row_buckets or list(self.row_buckets) != sorted(set(self.row_buckets)):
+            raise ValueError(f"row_buckets is {list(self.row_buckets)}; list them ascending")
+        return self
+
+
+class LimitsConfig(Strict):
+    """What one HTTP request may ask for."""
+
+    max_images: int = Field(10, ge=1)
+    max_inference_steps: int = Field(150, ge=1)
+    max_guidance_scale: float = Field(30.0, ge=1)
+    max_prompt_characters: int = Field(2000, ge=1)
+    max_pixels: int | None = Field(None, ge=64)
+    """Width times height; none means four times the base's native size."""
+
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_requests: int = Field(1024, ge=1)
+    """HTTP requests in progress at one gateway."""
+
+    timeout_s: float = Field(600.0, gt=0)
+
+
+class SamplingDefaults(Strict):
+    """What a request that does not say gets."""
+
+    num_inference_steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=1)
+    solver: Solver = "dpmpp2m"
+
+
+class ServeConfig(Strict):
+    """The endpoint; the files of configs/serve."""
+
+    base: str = "pocket"
+    revision: str | None = None
+    precision: Precision = "fp32"
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(1, gt=0)
+    num_gpus: float | None = Field(None, ge=0)
+    """None: one GPU where the cluster has any, otherwise none."""
+
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+    defaults: SamplingDefaults = SamplingDefaults()

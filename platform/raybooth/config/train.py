@@ -1,0 +1,99 @@
+"""How a subject is trained; the files of configs/train."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raybooth.config.adapter import AdapterConfig
+from raybooth.config.objective import ObjectiveConfig, PriorConfig
+from raybooth.config.optimizer import OptimizerConfig
+from raybooth.config.words import Precision, Solver, check_template
+from raybooth.reading import Strict
+
+
+class CheckpointConfig(Strict):
+    """When a slot's whole training state is written."""
+
+    every_steps: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class SamplesConfig(Strict):
+    """The pictures published beside the weights."""
+
+    prompts: tuple[str, ...] = (
+        "a photo of {identifier} {class_noun}",
+        "a photo of {identifier} {class_noun} on the beach",
+        "a photo of {identifier} {class_noun} in the snow",
+        "a photo of {identifier} {class_noun} in the jungle",
+    )
+    solver: Solver = "dpmpp2m"
+    num_inference_steps: int = Field(25, ge=1, le=1000)
+    guidance_scale: float = Field(7.5, ge=1, le=50)
+
+
+class ResourcesConfig(Strict):
+    """What one pack's worker asks of the Ray cluster."""
+
+    num_cpus: float = Field(1, gt=0)
+    num_gpus: float | None = Field(None, ge=0)
+    """None: one GPU where the cluster has any, otherwise none."""
+
+
+class PackConfig(Strict):
+    """How subjects are trained together."""
+
+    max_subjects: int = Field(8, ge=1, le=256)
+    """Most slots in one pack."""
+
+    max_failures: int = Field(2, ge=0)
+    """Times that a pack's worker may die and resume before its subjects are failed."""
+
+
+class TrainConfig(Strict):
+    """How a subject is trained; the files of configs/train."""
+
+    method: Literal["lora"] = "lora"
+    resolution: int = Field(512, ge=8, le=4096, multiple_of=8)
+    """Pixels of a side; photos are resized by their shorter side, then cropped."""
+
+    crop: Literal["center", "random"] = "center"
+    crops_per_image: int = Field(1, ge=1, le=64)
+    """Seeded crops cached of each photo; more than one needs `crop: random`."""
+
+    min_images: int = Field(3, ge=1)
+    num_train_steps: int = Field(800, ge=1)
+    batch_size: int = Field(1, ge=1, le=64)
+    """Instance rows of a slot in a train step; as many prior rows join them."""
+
+    precision: Precision = "fp32"
+    """Autocast of the denoiser; masters and optimiser stay fp32."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    instance_prompt: str = "a photo of {identifier} {class_noun}"
+    class_prompt: str = "a photo of a {class_noun}"
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    prior: PriorConfig = PriorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+    pack: PackConfig = PackConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> Self:
+        if self.crops_per_image > 1 and self.crop == "center":
+            raise ValueError("crops_per_image has no effect with crop: center; use crop: random")
+        if self.optimizer.warmup_steps >= self.num_train_steps:
+            raise ValueError(
+                f"warmup_steps is {self.optimizer.warmup_steps} but num_train_steps is "
+                f"{self.num_train_steps}; warm up for fewer steps"
+            )
+        for name in ("instance_prompt", "class_prompt"):
+            check_template(name, getattr(self, name))
+        for prompt in self.samples.prompts:
+            check_template("samples.prompts", prompt)
+        return self
