@@ -5,23 +5,11 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from raybooth.pocket.palette import INK, dark, light, mix
+from raybooth.pocket.pen import Pen, Points, oval
 
-if TYPE_CHECKING:
-    from raybooth.pocket.world import Pen
-
-Points = list[tuple[float, float]]
 _GLASS = (184, 224, 248)
-
-
-def oval(
-    x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360, n: int = 28
-) -> Points:
-    """The arc of an ellipse from start to stop, in degrees."""
-    turns = [math.radians(start + (stop - start) * i / n) for i in range(n + 1)]
-    return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turns]
 
 
 def box(x0: float, y0: float, x1: float, y1: float, r: float = 0.06) -> Points:
@@ -35,7 +23,7 @@ def box(x0: float, y0: float, x1: float, y1: float, r: float = 0.06) -> Points:
     return [point for x, y, start in corners for point in oval(x, y, r, r, start, start + 90, 5)]
 
 
-def _emblem(pen: "Pen", x: float, y: float, r: float) -> None:
+def _emblem(pen: Pen, x: float, y: float, r: float) -> None:
     color, edge = pen.paint["e"], dark(pen.paint["e"])
     match pen.instance.emblem:
         case "star":
@@ -74,7 +62,7 @@ def _emblem(pen: "Pen", x: float, y: float, r: float) -> None:
             pen.shape(oval(x, y, r * 0.42, r * 0.42), INK)
 
 
-def _hat(pen: "Pen", x: float, y: float, r: float) -> None:
+def _hat(pen: Pen, x: float, y: float, r: float) -> None:
     color, edge = pen.paint["h"], dark(pen.paint["h"])
     match pen.instance.hat:
         case "top":
@@ -103,12 +91,12 @@ def _hat(pen: "Pen", x: float, y: float, r: float) -> None:
             pen.shape(oval(x + 0.52 * r, y - 0.9 * r, 0.55 * r, 0.32 * r), color, edge)
 
 
-def _eye(pen: "Pen", x: float, y: float, r: float) -> None:
+def _eye(pen: Pen, x: float, y: float, r: float) -> None:
     pen.shape(oval(x, y, r, r), (252, 252, 252), INK)
     pen.shape(oval(x + 0.25 * r, y + 0.1 * r, r * 0.58, r * 0.58), INK)
 
 
-def _robot(pen: "Pen") -> None:
+def _robot(pen: Pen) -> None:
     a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
     w, head = 0.52 + 0.14 * pen.instance.girth, 0.4 + 0.14 * pen.instance.stature
     for x in (-0.3, 0.3):
@@ -128,7 +116,7 @@ def _robot(pen: "Pen") -> None:
     _hat(pen, 0, -0.84, 0.42)
 
 
-def _dog(pen: "Pen") -> None:
+def _dog(pen: Pen) -> None:
     a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
     length = 0.7 + 0.1 * pen.instance.girth
     tail = [(-length + 0.1, 0.05), (-length - 0.14, -0.3), (-length - 0.04, -0.52)]
@@ -150,7 +138,7 @@ def _dog(pen: "Pen") -> None:
     _hat(pen, 0.54, -0.74, 0.36)
 
 
-def _fish(pen: "Pen") -> None:
+def _fish(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     h, tail = 0.54 + 0.12 * pen.instance.stature, 0.42 + 0.2 * pen.instance.girth
     pen.shape([(-0.5, 0), (-1.12, -tail), (-0.95, 0), (-1.12, tail)], b, edge)
@@ -163,7 +151,7 @@ def _fish(pen: "Pen") -> None:
     _hat(pen, 0.3, -h * 0.92, 0.36)
 
 
-def _mug(pen: "Pen") -> None:
+def _mug(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     w, h = 0.58 + 0.12 * pen.instance.girth, 0.68 + 0.14 * pen.instance.stature
     pen.line(oval(w + 0.05, 0.06, 0.3, 0.34, -100, 100), edge, 0.3)
@@ -175,7 +163,7 @@ def _mug(pen: "Pen") -> None:
     _hat(pen, -0.1, -h - 0.04, 0.38)
 
 
-def _house(pen: "Pen") -> None:
+def _house(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     w, roof = 0.7 + 0.1 * pen.instance.girth, 0.66 + 0.2 * pen.instance.stature
     pen.shape([(0.34, -0.3), (0.34, -0.94), (0.6, -0.94), (0.6, -0.1)], dark(b, 0.3), edge)
@@ -188,7 +176,7 @@ def _house(pen: "Pen") -> None:
     _hat(pen, 0, -0.3 - roof, 0.34)
 
 
-def _car(pen: "Pen") -> None:
+def _car(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     h, k = 0.46 + 0.12 * pen.instance.stature, 0.14 * pen.instance.girth
     pen.shape(
@@ -207,7 +195,7 @@ def _car(pen: "Pen") -> None:
     _hat(pen, -0.08, -h - 0.14, 0.4)
 
 
-def _rocket(pen: "Pen") -> None:
+def _rocket(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     w, fin = 0.38 + 0.1 * pen.instance.girth, 0.36 + 0.2 * pen.instance.stature
     pen.shape([(-0.26, 0.66), (0, 1.14), (0.26, 0.66)], (255, 170, 40), (214, 70, 36))
@@ -226,7 +214,7 @@ def _rocket(pen: "Pen") -> None:
     _hat(pen, 0, -0.98, 0.32)
 
 
-def _bird(pen: "Pen") -> None:
+def _bird(pen: Pen) -> None:
     a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
     r, lift = 0.56 + 0.08 * pen.instance.girth, 0.3 * pen.instance.stature
     for x in (-0.2, 0.14):
@@ -241,7 +229,7 @@ def _bird(pen: "Pen") -> None:
     _hat(pen, 0.38, -0.76, 0.36)
 
 
-def _plant(pen: "Pen") -> None:
+def _plant(pen: Pen) -> None:
     a, b, edge = pen.paint["a"], pen.paint["b"], pen.edge
     green = mix((56, 156, 70), (132, 190, 60), pen.instance.stature)
     for turn in (-150, -30, -120, -60, -90):
@@ -259,7 +247,7 @@ def _plant(pen: "Pen") -> None:
     _emblem(pen, 0, 0.58, 0.3)
 
 
-def _backpack(pen: "Pen") -> None:
+def _backpack(pen: Pen) -> None:
     b, edge = pen.paint["b"], pen.edge
     w = 0.6 + 0.12 * pen.instance.girth
     for side in (-1.0, 1.0):
@@ -273,7 +261,7 @@ def _backpack(pen: "Pen") -> None:
     _hat(pen, 0, -0.84, 0.36)
 
 
-FIGURES: dict[str, Callable[["Pen"], None]] = {
+FIGURES: dict[str, Callable[[Pen], None]] = {
     "robot": _robot,
     "dog": _dog,
     "fish": _fish,

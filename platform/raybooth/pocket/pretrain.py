@@ -1,4 +1,4 @@
-"""Pretraining the pocket base from a seed: world, tokenizer, VAE, latents, denoiser, decoder.
+"""Pretraining the pocket base from a seed: world, tokenizer, VAE, latents, denoiser.
 
 Each stage leaves its state in the work folder, whole or not at all; a resumed run goes on there.
 """
@@ -34,7 +34,7 @@ from raybooth.pocket.loop import Loop, LoopConfig
 from raybooth.pocket.progress import stage
 from raybooth.pocket.team import Team, run_together
 from raybooth.pocket.tokenizer import LENGTH, write_tokenizer
-from raybooth.pocket.vae import VaeConfig, new_vae, psnr, train_decoder, train_vae
+from raybooth.pocket.vae import VaeConfig, new_vae, psnr, train_vae
 
 _HELD_OUT_SEED = 77_000_000
 
@@ -65,7 +65,6 @@ def gpu_config(seed: int = 0, steps: int = 20_000) -> PretrainConfig:
             vae,
             batch=256,
             loop=replace(vae.loop, steps=8_000, decay_steps=3_000),
-            decoder_loop=replace(vae.decoder_loop, steps=4_000, decay_steps=3_000),
         ),
         denoiser=replace(
             denoiser,
@@ -118,10 +117,6 @@ def _train(config: PretrainConfig, out: Path, work: Path, team: Team) -> None:
             watch,
             team,
         )
-    if config.vae.decoder_loop.steps:
-        with _training("decoder", config.vae.decoder_loop, team) as watch:
-            state = work / "decoder.pt"
-            loops["decoder"] = train_decoder(vae, config.vae, corpus, state, seed, watch, team)
     if team.leads:
         record = record_of(config, vae, loops)
         export_base(vae, parts["denoiser"], parts["text_encoder"], tokenizer, record, out)
@@ -209,11 +204,7 @@ def _claim(config: PretrainConfig, work: Path, resume: bool) -> None:
 
 def _shape(config: VaeConfig | DenoiserConfig) -> dict[str, Any]:
     """What may not change between a run and its resumption; steps, batch and rates may."""
-    return {
-        key: value
-        for key, value in asdict(config).items()
-        if key not in ("loop", "decoder_loop", "batch")
-    }
+    return {key: value for key, value in asdict(config).items() if key not in ("loop", "batch")}
 
 
 def _parts(config: PretrainConfig, tokens: int) -> dict[str, Any]:

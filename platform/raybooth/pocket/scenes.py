@@ -1,17 +1,90 @@
 """The ten places: few, large, steady elements on a 256x256 canvas with the ground at 158."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Sequence
+
+from PIL import Image, ImageDraw
 
 from raybooth.pocket.palette import Color, dark, light
-
-if TYPE_CHECKING:
-    from raybooth.pocket.world import Scene
+from raybooth.pocket.pen import CANVAS, Point
 
 _GROUND = 158
 
 
-def _beach(s: "Scene") -> None:
+class Scene:
+    """A canvas for backgrounds: everything moves together by a little, and tones vary a little."""
+
+    def __init__(self, canvas: Image.Image, rng: random.Random) -> None:
+        self._draw = ImageDraw.Draw(canvas)
+        self._canvas = canvas
+        self._dx, self._dy = rng.uniform(-10, 10), rng.uniform(-6, 6)
+        self._tone = tuple(rng.uniform(-6, 6) for _ in range(3))
+
+    def sky(self, top: Color, bottom: Color) -> None:
+        """A vertical gradient over the whole canvas."""
+        ends = Image.new("RGB", (1, 2))
+        ends.putpixel((0, 0), self._toned(top))
+        ends.putpixel((0, 1), self._toned(bottom))
+        self._canvas.paste(ends.resize(self._canvas.size, Image.Resampling.BILINEAR), (0, 0))
+
+    def band(self, y0: float, y1: float, color: Color) -> None:
+        """A band over the whole width."""
+        low = y1 if y1 >= CANVAS else y1 + self._dy
+        self._draw.rectangle((0, y0 + self._dy, CANVAS, low), fill=self._toned(color))
+
+    def band_between(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
+        """A rectangle."""
+        self._draw.rectangle(
+            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
+        )
+
+    def oval(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
+        """An ellipse within these bounds."""
+        self._draw.ellipse(
+            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
+        )
+
+    def disc(self, x: float, y: float, r: float, color: Color) -> None:
+        """A circle about a point."""
+        self.oval(x - r, y - r, x + r, y + r, color)
+
+    def line(self, points: Sequence[Point], color: Color, width: int) -> None:
+        """A line through these points."""
+        self._draw.line(
+            [(x + self._dx, y + self._dy) for x, y in points],
+            self._toned(color),
+            width,
+            joint="curve",
+        )
+
+    def polygon(self, points: Sequence[Point], color: Color) -> None:
+        """A filled polygon."""
+        self._draw.polygon(
+            [(x + self._dx, y + self._dy) for x, y in points], fill=self._toned(color)
+        )
+
+    def peak(self, x: float, y: float, half_width: float, height: float, color: Color) -> None:
+        """A triangle that stands on y."""
+        self.polygon([(x - half_width, y), (x + half_width, y), (x, y - height)], color)
+
+    def leaf(self, x: float, y: float, dx: float, dy: float, color: Color) -> None:
+        """A pointed leaf about a point, from one end to the other along (dx, dy)."""
+        self.polygon(
+            [
+                (x - dx, y - dy),
+                (x - dy * 0.45, y + dx * 0.45),
+                (x + dx, y + dy),
+                (x + dy * 0.45, y - dx * 0.45),
+            ],
+            color,
+        )
+
+    def _toned(self, color: Color) -> Color:
+        r, g, b = (max(0, min(255, round(c + t))) for c, t in zip(color, self._tone, strict=True))
+        return r, g, b
+
+
+def _beach(s: Scene) -> None:
     s.sky((98, 186, 246), (190, 230, 250))
     s.band(_GROUND - 40, _GROUND, (34, 136, 200))
     s.band(_GROUND, 256, (246, 218, 148))
@@ -22,7 +95,7 @@ def _beach(s: "Scene") -> None:
         s.line([(34, 78), (34 + dx, 78 + dy)], (44, 146, 62), 14)
 
 
-def _snow(s: "Scene") -> None:
+def _snow(s: Scene) -> None:
     s.sky((168, 198, 230), (222, 234, 246))
     for x, h in ((30, 120), (226, 132), (84, 84)):
         s.peak(x, _GROUND + 6, 34, h, (44, 110, 92))
@@ -42,7 +115,7 @@ def _snow(s: "Scene") -> None:
         s.disc(x, y, 7, (255, 255, 255))
 
 
-def _jungle(s: "Scene") -> None:
+def _jungle(s: Scene) -> None:
     s.sky((26, 92, 52), (60, 136, 62))
     for x in (36, 218):
         s.band_between(x - 12, 0, x + 12, _GROUND + 20, (92, 66, 40))
@@ -62,7 +135,7 @@ def _jungle(s: "Scene") -> None:
         s.leaf(x, y, dx, dy, ((52, 160, 74), (124, 194, 74))[tone])
 
 
-def _night(s: "Scene") -> None:
+def _night(s: Scene) -> None:
     s.sky((14, 16, 60), (48, 50, 116))
     s.disc(212, 44, 26, (252, 242, 190))
     s.disc(224, 36, 22, (18, 20, 66))
@@ -71,7 +144,7 @@ def _night(s: "Scene") -> None:
     s.band(_GROUND, 256, (34, 42, 66))
 
 
-def _city(s: "Scene") -> None:
+def _city(s: Scene) -> None:
     s.sky((150, 184, 214), (214, 222, 230))
     for x, w, h, color in (
         (-6, 64, 112, (112, 118, 136)),
@@ -89,7 +162,7 @@ def _city(s: "Scene") -> None:
         s.band_between(x, 232, x + 52, 242, (244, 240, 214))
 
 
-def _wood(s: "Scene") -> None:
+def _wood(s: Scene) -> None:
     s.sky((238, 228, 206), (238, 228, 206))
     s.band(118, 256, (194, 132, 74))
     s.band(106, 120, (252, 248, 240))
@@ -98,7 +171,7 @@ def _wood(s: "Scene") -> None:
         s.line([(joint, y), (joint, y - 36)], (128, 82, 44), 6)
 
 
-def _fabric(s: "Scene") -> None:
+def _fabric(s: Scene) -> None:
     pink: Color = (248, 158, 194)
     s.sky(pink, pink)
     for x in (-60, 32, 124, 216):
@@ -107,7 +180,7 @@ def _fabric(s: "Scene") -> None:
         s.polygon([(x + 40, 0), (x + 52, 0), (x + 12, 256), (x, 256)], dark(pink, 0.18))
 
 
-def _rug(s: "Scene") -> None:
+def _rug(s: Scene) -> None:
     blue: Color = (38, 78, 170)
     s.sky((214, 194, 170), (214, 194, 170))
     s.band(56, 256, blue)
@@ -120,7 +193,7 @@ def _rug(s: "Scene") -> None:
             s.polygon([(x - 16, y), (x, y - 18), (x + 16, y), (x, y + 18)], light(blue, 0.45))
 
 
-def _desert(s: "Scene") -> None:
+def _desert(s: Scene) -> None:
     s.sky((250, 188, 108), (254, 230, 170))
     s.disc(48, 44, 26, (255, 248, 200))
     s.oval(-60, _GROUND - 34, 170, 300, (230, 158, 88))
@@ -136,7 +209,7 @@ def _desert(s: "Scene") -> None:
         s.band_between(x0, y0, x1, y1, (60, 136, 70))
 
 
-def _water(s: "Scene") -> None:
+def _water(s: Scene) -> None:
     s.sky((64, 192, 208), (14, 84, 146))
     s.band(222, 256, (204, 188, 134))
     for x in (22, 44, 218, 240):
@@ -146,7 +219,7 @@ def _water(s: "Scene") -> None:
         s.disc(x, y, r - 4, (70, 180, 204))
 
 
-SCENES: dict[str, Callable[["Scene"], None]] = {
+SCENES: dict[str, Callable[[Scene], None]] = {
     "beach": _beach,
     "snow": _snow,
     "jungle": _jungle,

@@ -9,17 +9,16 @@ Pictures are drawn at 256x256 and reduced by 4.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from raybooth.pocket.figures import FIGURES, oval
-from raybooth.pocket.palette import COLORS, INK, Color, dark, mix
-from raybooth.pocket.scenes import SCENES
+from raybooth.pocket.figures import FIGURES
+from raybooth.pocket.palette import COLORS, INK, Color, mix
+from raybooth.pocket.pen import CANVAS, Pen
+from raybooth.pocket.pen import SIZE as SIZE
+from raybooth.pocket.pen import Instance as Instance
+from raybooth.pocket.scenes import SCENES, Scene
 
-Point = tuple[float, float]
-
-SIZE = 64
 CLASSES = ("robot", "dog", "fish", "mug", "house", "car", "rocket", "bird", "plant", "backpack")
 CONTEXTS: dict[str, str] = {
     "beach": "on the beach",
@@ -59,24 +58,7 @@ PATTERNS = ("plain", "stripes", "bars", "dots")
 EMBLEMS = ("none", "star", "heart", "bolt", "ring")
 HATS = ("none", "top", "cone", "bow", "leaf")
 
-_CANVAS = 4 * SIZE
 _RARE_SHARE = 0.06
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One individual of a class: colours a (main), b, e (emblem), h (hat); sizes in [0, 1]."""
-
-    class_noun: str
-    a: str
-    b: str
-    e: str
-    h: str
-    pattern: str
-    emblem: str
-    hat: str
-    girth: float
-    stature: float
 
 
 def draw_instance(seed: int | str, class_noun: str | None = None, fancy: bool = False) -> Instance:
@@ -114,7 +96,7 @@ def render(instance: Instance, context: str, seed: int | str) -> Image.Image:
             f"no context {context!r} in the pocket world; choose one of {', '.join(CONTEXTS)}"
         )
     rng = random.Random(f"render:{seed}")
-    canvas = Image.new("RGB", (_CANVAS, _CANVAS))
+    canvas = Image.new("RGB", (CANVAS, CANVAS))
     SCENES[context](Scene(canvas, rng))
     scale = rng.uniform(88, 98)
     x, y = 128 + rng.uniform(-9, 9), 134 + rng.uniform(-5, 5)
@@ -131,7 +113,7 @@ def render(instance: Instance, context: str, seed: int | str) -> Image.Image:
     paint = {key: mix(COLORS[getattr(instance, key)], tint, amount) for key in "abeh"}
     pen = Pen(canvas, x, y, scale, math.radians(rng.uniform(-4, 4)), instance, paint)
     FIGURES[instance.class_noun](pen)
-    return canvas.reduce(_CANVAS // SIZE)
+    return canvas.reduce(CANVAS // SIZE)
 
 
 def caption(instance: Instance, context: str, seed: int | str) -> str:
@@ -170,12 +152,12 @@ def subject_photos(instance: Instance, n: int, seed: int | str) -> list[Image.Im
 def clutter(seed: int | str) -> Image.Image:
     """A 64x64 picture of random shapes: teaches an autoencoder what the world does not show."""
     rng = random.Random(f"clutter:{seed}")
-    canvas = Image.new("RGB", (_CANVAS, _CANVAS), _any_color(rng))
+    canvas = Image.new("RGB", (CANVAS, CANVAS), _any_color(rng))
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(12, 60)):
         x, y, r = (
-            rng.uniform(0, _CANVAS),
-            rng.uniform(0, _CANVAS),
+            rng.uniform(0, CANVAS),
+            rng.uniform(0, CANVAS),
             min(110.0, 8 / (rng.random() ** 0.7 + 0.04)),
         )
         kind, color = rng.random(), _any_color(rng)
@@ -196,7 +178,7 @@ def clutter(seed: int | str) -> Image.Image:
                 color,
                 rng.randint(3, 16),
             )
-    return canvas.reduce(_CANVAS // SIZE)
+    return canvas.reduce(CANVAS // SIZE)
 
 
 def vocabulary() -> list[str]:
@@ -235,150 +217,3 @@ def _pick(rng: random.Random, names: Sequence[str], plain_share: float) -> tuple
 
 def _any_color(rng: random.Random) -> Color:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-
-class Pen:
-    """Draws outlines of an instance's unit square onto the canvas, in that instance's colours."""
-
-    def __init__(
-        self,
-        canvas: Image.Image,
-        x: float,
-        y: float,
-        scale: float,
-        turn: float,
-        instance: Instance,
-        paint: dict[str, Color],
-    ) -> None:
-        self.instance = instance
-        self.paint = paint
-        self.edge = dark(paint["a"]) if instance.a != "black" else (8, 8, 12)
-        self._canvas, self._draw = canvas, ImageDraw.Draw(canvas)
-        self._x, self._y, self._scale = x, y, scale
-        self._cos, self._sin = math.cos(turn), math.sin(turn)
-
-    def shape(self, points: Sequence[Point], fill: Color, edge: Color | None = None) -> None:
-        """A filled outline, with a thick edge if one is given."""
-        placed = [self._place(point) for point in points]
-        self._draw.polygon(placed, fill=fill)
-        if edge is not None:
-            self._draw.line([*placed, placed[0], placed[1]], fill=edge, width=7, joint="curve")
-
-    def line(self, points: Sequence[Point], fill: Color, width: float) -> None:
-        """A line whose width is in units of the square."""
-        placed = [self._place(point) for point in points]
-        self._draw.line(placed, fill=fill, width=max(2, round(width * self._scale)), joint="curve")
-
-    def body(self, points: Sequence[Point]) -> None:
-        """The main outline, in colour a with the instance's pattern in colour b."""
-        self.shape(points, self.paint["a"])
-        marks = self._marks()
-        if marks:
-            inside = Image.new("L", self._canvas.size, 0)
-            ImageDraw.Draw(inside).polygon([self._place(point) for point in points], fill=255)
-            painted = self._canvas.copy()
-            for mark in marks:
-                ImageDraw.Draw(painted).polygon(
-                    [self._place(point) for point in mark], fill=self.paint["b"]
-                )
-            self._canvas.paste(painted, (0, 0), inside)
-        placed = [self._place(point) for point in points]
-        self._draw.line([*placed, placed[0], placed[1]], fill=self.edge, width=7, joint="curve")
-
-    def _marks(self) -> list[Sequence[Point]]:
-        match self.instance.pattern:
-            case "stripes":
-                return [
-                    [(-2, y), (2, y), (2, y + 0.17), (-2, y + 0.17)]
-                    for y in (-0.98, -0.52, -0.06, 0.4, 0.86)
-                ]
-            case "bars":
-                return [
-                    [(x, -2), (x + 0.17, -2), (x + 0.17, 2), (x, 2)]
-                    for x in (-1.005, -0.545, -0.085, 0.375, 0.835)
-                ]
-            case "dots":
-                columns = [
-                    (i * 0.44 + (0.22 if j % 2 else 0.0), j * 0.36)
-                    for i in range(-3, 3)
-                    for j in range(-3, 4)
-                ]
-                return [oval(x, y, 0.13, 0.13, n=14) for x, y in columns]
-        return []
-
-    def _place(self, point: Point) -> Point:
-        x, y = point[0] * self._scale, point[1] * self._scale
-        return self._x + x * self._cos - y * self._sin, self._y + x * self._sin + y * self._cos
-
-
-class Scene:
-    """A canvas for backgrounds: everything moves together by a little, and tones vary a little."""
-
-    def __init__(self, canvas: Image.Image, rng: random.Random) -> None:
-        self._draw = ImageDraw.Draw(canvas)
-        self._canvas = canvas
-        self._dx, self._dy = rng.uniform(-10, 10), rng.uniform(-6, 6)
-        self._tone = tuple(rng.uniform(-6, 6) for _ in range(3))
-
-    def sky(self, top: Color, bottom: Color) -> None:
-        """A vertical gradient over the whole canvas."""
-        ends = Image.new("RGB", (1, 2))
-        ends.putpixel((0, 0), self._toned(top))
-        ends.putpixel((0, 1), self._toned(bottom))
-        self._canvas.paste(ends.resize(self._canvas.size, Image.Resampling.BILINEAR), (0, 0))
-
-    def band(self, y0: float, y1: float, color: Color) -> None:
-        """A band over the whole width."""
-        low = y1 if y1 >= _CANVAS else y1 + self._dy
-        self._draw.rectangle((0, y0 + self._dy, _CANVAS, low), fill=self._toned(color))
-
-    def band_between(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
-        """A rectangle."""
-        self._draw.rectangle(
-            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
-        )
-
-    def oval(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
-        """An ellipse within these bounds."""
-        self._draw.ellipse(
-            (x0 + self._dx, y0 + self._dy, x1 + self._dx, y1 + self._dy), fill=self._toned(color)
-        )
-
-    def disc(self, x: float, y: float, r: float, color: Color) -> None:
-        """A circle about a point."""
-        self.oval(x - r, y - r, x + r, y + r, color)
-
-    def line(self, points: Sequence[Point], color: Color, width: int) -> None:
-        """A line through these points."""
-        self._draw.line(
-            [(x + self._dx, y + self._dy) for x, y in points],
-            self._toned(color),
-            width,
-            joint="curve",
-        )
-
-    def polygon(self, points: Sequence[Point], color: Color) -> None:
-        """A filled polygon."""
-        self._draw.polygon(
-            [(x + self._dx, y + self._dy) for x, y in points], fill=self._toned(color)
-        )
-
-    def peak(self, x: float, y: float, half_width: float, height: float, color: Color) -> None:
-        """A triangle that stands on y."""
-        self.polygon([(x - half_width, y), (x + half_width, y), (x, y - height)], color)
-
-    def leaf(self, x: float, y: float, dx: float, dy: float, color: Color) -> None:
-        """A pointed leaf about a point, from one end to the other along (dx, dy)."""
-        self.polygon(
-            [
-                (x - dx, y - dy),
-                (x - dy * 0.45, y + dx * 0.45),
-                (x + dx, y + dy),
-                (x + dy * 0.45, y - dx * 0.45),
-            ],
-            color,
-        )
-
-    def _toned(self, color: Color) -> Color:
-        r, g, b = (max(0, min(255, round(c + t))) for c, t in zip(color, self._tone, strict=True))
-        return r, g, b

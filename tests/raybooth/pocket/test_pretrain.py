@@ -24,7 +24,7 @@ def config() -> PretrainConfig:
     def loop(steps: int) -> LoopConfig:
         return LoopConfig(steps, steps // 2, warmup_steps=2, save_every_s=0.0)
 
-    vae = VaeConfig((8, 16, 16), groups=4, batch=4, loop=loop(4), decoder_loop=loop(3))
+    vae = VaeConfig((8, 16, 16), groups=4, batch=4, loop=loop(4))
     return PretrainConfig(
         corpus=CorpusConfig(pictures=40, clutter=8, workers=1),
         vae=replace(vae, clutter_share=0.25),
@@ -70,7 +70,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("step", [2, 6, 10])
+@pytest.mark.parametrize("step", [2, 4, 7])
 def test_resumed_equals_uninterrupted(
     step: int, config: PretrainConfig, whole: Path, tmp_path: Path, killed_at: Any
 ) -> None:
@@ -104,7 +104,7 @@ def test_the_exported_base_samples_and_says_how_it_came_to_be(
     assert picture.size == (64, 64)
     record = json.loads((whole / "base" / "record.json").read_text())
     assert record["stages"]["denoiser"]["samples_seen"] == 5 * 4
-    assert {"vae", "decoder"} < set(record["stages"])
+    assert set(record["stages"]) == {"vae", "denoiser"}
     assert record["config"]["corpus"]["pictures"] == 40
     assert record["versions"]["torch"]
 
@@ -114,7 +114,8 @@ def test_it_goes_on_from_given_weights(config: PretrainConfig, whole: Path, tmp_
     record = pretrain(further, tmp_path / "base", tmp_path / "work", resume=False)
     assert "vae" not in record["stages"]
     given, trained = weights(whole / "base"), weights(tmp_path / "base")
-    assert all(one != other for one, other in zip(given, trained, strict=True))
+    same = [one == other for one, other in zip(given, trained, strict=True)]
+    assert same == [True, False, False], "the VAE stays: latents made before remain true"
 
 
 def test_a_folder_with_state_is_not_overwritten(config: PretrainConfig, whole: Path) -> None:
