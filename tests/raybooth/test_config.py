@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from raybooth.config import FleetConfig, TrainConfig, merge, parse_config
 from raybooth.errors import InputProblems
 
+FULL = {"method": "full", "optimizer": {"learning_rate": 5e-6}}
+
 
 def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
     config = TrainConfig()
@@ -28,6 +30,14 @@ def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
         ({"resolution": 100}, "multiple of 8"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
         ({"num_train_steps": "many"}, "num_train_steps"),
+        ({"full": {"text_encoder": True}}, "full has no effect with method: lora"),
+        (FULL | {"adapter": {"rank": 8}}, "adapter has no effect with method: full"),
+        (FULL | {"pack": {"max_subjects": 2}}, "one subject a run"),
+        (FULL | {"precision": "fp16"}, "fp32 or bf16"),
+        (FULL | {"optimizer": {}}, "needs optimizer.learning_rate"),
+        (FULL | {"full": {"num_workers": 2, "gradient_accumulation": 2}}, "2 rows, too few"),
+        (FULL | {"full": {"offload": "optimizer"}}, "needs zero_stage 1"),
+        (FULL | {"full": {"offload": "all", "zero_stage": 2}}, "needs zero_stage 3"),
     ],
 )
 def test_each_impossible_value_is_named(values: dict[str, object], expected: str) -> None:
@@ -44,3 +54,8 @@ def test_merging_replaces_leaves_only() -> None:
 def test_a_fleet_needs_subjects() -> None:
     with pytest.raises(InputProblems, match="subjects is missing"):
         parse_config(FleetConfig, {}, "fleet.yaml")
+
+
+def test_a_full_config_comes_back_from_its_own_dump() -> None:
+    config = TrainConfig.model_validate(FULL | {"batch_size": 2, "full": {"num_workers": 2}})
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config

@@ -6,6 +6,7 @@ from raybooth.config.fleet import FleetConfig as FleetConfig
 from raybooth.config.fleet import PromptsConfig as PromptsConfig
 from raybooth.config.fleet import SubjectConfig as SubjectConfig
 from raybooth.config.fleet import SubjectDefaults as SubjectDefaults
+from raybooth.config.full import FullConfig as FullConfig
 from raybooth.config.objective import ObjectiveConfig as ObjectiveConfig
 from raybooth.config.objective import PriorConfig as PriorConfig
 from raybooth.config.optimizer import OptimizerConfig as OptimizerConfig

@@ -10,9 +10,11 @@ from raybooth.reading import Strict
 
 
 class OptimizerConfig(Strict):
-    """AdamW of one slot (Loshchilov and Hutter 2019); 8-bit states by bitsandbytes."""
+    """AdamW (Loshchilov and Hutter 2019); 8-bit states by bitsandbytes (Dettmers et al. 2022)."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """`paged_adamw8bit` keeps its states in memory that CUDA pages out to the host."""
+
     learning_rate: float = Field(5e-4, gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,

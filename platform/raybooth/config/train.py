@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raybooth.config.adapter import AdapterConfig
+from raybooth.config.full import FullConfig
 from raybooth.config.objective import ObjectiveConfig, PriorConfig
 from raybooth.config.optimizer import OptimizerConfig
 from raybooth.config.words import Precision, Solver, check_template
@@ -55,7 +56,9 @@ class PackConfig(Strict):
 class TrainConfig(Strict):
     """How a subject is trained; the files of configs/train."""
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains an adapter, `full` every weight of the denoiser (see `full`)."""
+
     resolution: int = Field(512, ge=8, le=4096, multiple_of=8)
     """Pixels of a side; photos are resized by their shorter side, then cropped."""
 
@@ -71,10 +74,15 @@ class TrainConfig(Strict):
     precision: Precision = "fp32"
     """Autocast of the denoiser; masters and optimiser stay fp32."""
 
+    gradient_checkpointing: bool = False
+    """Keep each block's input only and run the block again in backward: less memory, a third
+    more compute, the same bits."""
+
     seed: int = Field(0, ge=0, lt=2**63)
     instance_prompt: str = "a photo of {identifier} {class_noun}"
     class_prompt: str = "a photo of a {class_noun}"
     adapter: AdapterConfig = AdapterConfig()
+    full: FullConfig = FullConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     prior: PriorConfig = PriorConfig()
@@ -82,6 +90,32 @@ class TrainConfig(Strict):
     samples: SamplesConfig = SamplesConfig()
     pack: PackConfig = PackConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> Self:
+        if self.method == "lora":
+            if self.full != FullConfig():
+                raise ValueError("full has no effect with method: lora; remove it")
+            return self
+        if self.adapter != AdapterConfig():
+            raise ValueError("adapter has no effect with method: full; remove it")
+        if self.pack.max_subjects != PackConfig().max_subjects:
+            raise ValueError("pack.max_subjects has no effect with method: full: one subject a run")
+        if "learning_rate" not in self.optimizer.model_fields_set:
+            raise ValueError(
+                "method: full needs optimizer.learning_rate (the default suits adapters; 5e-6 is "
+                "usual for every weight)"
+            )
+        if self.precision == "fp16":
+            raise ValueError("method: full trains in fp32 or bf16, not fp16; set precision")
+        rows, shares = self.num_rows, self.full.num_workers * self.full.gradient_accumulation
+        if rows < shares:
+            raise ValueError(
+                f"a train step has {rows} rows, too few for full.num_workers "
+                f"{self.full.num_workers} x gradient_accumulation "
+                f"{self.full.gradient_accumulation}; raise batch_size"
+            )
+        return self
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Self:
@@ -97,3 +131,8 @@ class TrainConfig(Strict):
         for prompt in self.samples.prompts:
             check_template("samples.prompts", prompt)
         return self
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one train step: instance rows, and as many prior rows."""
+        return self.batch_size * (2 if self.prior.num_images else 1)
