@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from raybooth.data.batch import SlotBatch, make_slot_batch, stream
 from raybooth.data.encode import SubjectTensors
 from raybooth.errors import CheckpointError, ConfigError
 from raybooth.model.bank import Bank
-from raybooth.model.base import Base, predict
+from raybooth.model.base import Base
 from raybooth.model.lora import AdapterTensors, find_sites
-from raybooth.training import objective
 from raybooth.training.checkpoint import SlotState, snapshot
 from raybooth.training.layout import SlotLayout
 from raybooth.training.optim import SlotAdamW, SlotUpdate, clip_coefficient, lr_at
+from raybooth.training.rows import RowLosses
 
 Status = Literal["running", "finished", "failed", "cancelled"]
 
@@ -77,6 +76,7 @@ class Pack:
         first = jobs[0].train
         self._base = base
         self._precision = first.precision
+        self._checkpoint_blocks(first.gradient_checkpointing)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         rank = max(job.train.adapter.rank for job in jobs)
         sites = find_sites(base.denoiser, first.adapter.targets)
@@ -89,18 +89,12 @@ class Pack:
             dtype=dtype,
         )
         self._optimizer = SlotAdamW(self.bank.flat_SP)
-        alpha_bar_T = objective.alphas_cumprod(base.scheduler_config)
-        self._alpha_bar_T = alpha_bar_T.to(base.device, dtype)
-        self._weights_ST = self._snr_table(jobs, alpha_bar_T)
-        self._prior_weight_S = torch.tensor(
-            [0.0, *(job.train.prior.loss_weight for job in jobs)], dtype=dtype, device=base.device
-        )
+        self._losses = RowLosses(base, self.bank, [job.train for job in jobs])
         self._slots = {
             job.job_id: self._join(slot, job, (states or {}).get(job.job_id))
             for slot, job in enumerate(jobs, 1)
         }
         self.bank.flat_SP.requires_grad_(True)
-        self._rows: _Rows | None = None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -139,27 +133,28 @@ class Pack:
             curve_T3=torch.tensor(entry.curve, dtype=torch.float64).reshape(-1, 3),
         )
 
-    def cancel(self, job_id: str) -> SlotReport:
-        """Take a running job out; its neighbours go on."""
+    def cancel(self, job_id: str, error: str | None = None) -> SlotReport:
+        """Take a job out, as failed if there is an error; its neighbours go on."""
         entry = self._slots[job_id]
-        self._leave(entry, "cancelled")
+        self._leave(entry, "cancelled" if error is None else "failed", error)
         return entry.report((math.nan, math.nan, math.nan), math.nan, 0.0)
 
     def close(self) -> None:
         """Take the bank off the denoiser."""
         self.bank.flat_SP.requires_grad_(False)
         self.bank.detach()
+        self._checkpoint_blocks(False)
 
     def step(self) -> list[SlotReport]:
         """One train step of every active slot; a slot that is not finite fails alone."""
         entries = [entry for entry in self._slots.values() if entry.status == "running"]
         if not entries:
             return []
-        rows = self._rows = self._rows or self._arrange(entries)
-        losses = self._losses(rows, [self._batch(entry) for entry in entries])
+        slots = [entry.slot for entry in entries]
+        losses = self._losses(slots, [self._batch(entry) for entry in entries])
         scale_S = losses.total_S.new_ones(losses.total_S.shape)
         if self._precision == "fp16":
-            scale_S[rows.active_A] = scale_S.new_tensor([entry.loss_scale for entry in entries])
+            scale_S[slots] = scale_S.new_tensor([entry.loss_scale for entry in entries])
         self.bank.flat_SP.grad = None
         (losses.total_S * scale_S).sum().backward()  # type: ignore[no-untyped-call]
         grad_SP = self.bank.flat_SP.grad
@@ -171,28 +166,12 @@ class Pack:
         figures_S4 = figures_4S.T.tolist()  # the step's one transfer
         return self._update(entries, grad_SP, [figures_S4[entry.slot] for entry in entries])
 
-    def _losses(self, rows: _Rows, batches: Sequence[SlotBatch]) -> objective.SlotLosses:
-        device, kind = self._base.device, self._base.prediction_type
-        latents_BCHW = torch.cat([b.latents_BCHW for b in batches]).to(device, non_blocking=True)
-        noise_BCHW = torch.cat([b.noise_BCHW for b in batches]).to(device, non_blocking=True)
-        timesteps_B = torch.cat([b.timesteps_B for b in batches]).to(device, non_blocking=True)
-        alpha_bar_B = self._alpha_bar_T[timesteps_B]
-        noisy_BCHW = objective.add_noise(latents_BCHW, noise_BCHW, alpha_bar_B)
-        self.bank.route(rows.route_B)
-        with self._autocast():
-            prediction_BCHW = predict(self._base, noisy_BCHW, timesteps_B, rows.conditioning)
-        target_BCHW = objective.target(latents_BCHW, noise_BCHW, alpha_bar_B, kind)
-        error_B = objective.row_errors(prediction_BCHW, target_BCHW)
-        weight_B = objective.row_weights(
-            self._weights_ST, rows.slot_B, timesteps_B, rows.is_prior_B
-        )
-        return objective.dreambooth_loss(
-            error_B * weight_B,
-            rows.is_prior_B,
-            rows.slot_B,
-            prior_weight_S=self._prior_weight_S,
-            num_slots=self._prior_weight_S.shape[0],
-        )
+    def _checkpoint_blocks(self, enabled: bool) -> None:
+        denoiser: Any = self._base.denoiser
+        if enabled:
+            denoiser.enable_gradient_checkpointing()
+        else:
+            denoiser.disable_gradient_checkpointing()
 
     def _update(
         self, entries: list[_Entry], grad_SP: Tensor, figures: list[list[float]]
@@ -238,7 +217,6 @@ class Pack:
 
     def _leave(self, entry: _Entry, status: Status, error: str | None = None) -> None:
         entry.status, entry.error, entry.ahead = status, error, None
-        self._rows = None
 
     def _batch(self, entry: _Entry) -> SlotBatch:
         batch, entry.ahead = entry.ahead, None
@@ -252,43 +230,10 @@ class Pack:
             job.subject_id,
             job.seed,
             train_step,
-            num_train_timesteps=self._alpha_bar_T.shape[0],
+            num_train_timesteps=self._base.num_train_timesteps,
             scaling_factor=self._base.scaling_factor,
             latent_dtype=self.bank.flat_SP.dtype,
         )
-
-    def _arrange(self, entries: Sequence[_Entry]) -> _Rows:
-        """What stays the same from train step to train step while nobody leaves."""
-        device, base = self._base.device, self._base
-        batches = [self._batch(entry) for entry in entries]
-        for entry, batch in zip(entries, batches, strict=True):
-            entry.ahead = batch
-        conditioning = {
-            name: torch.cat([batch.conditioning[name] for batch in batches]).to(device, base.dtype)
-            for name in batches[0].conditioning
-        }
-        route_B = torch.tensor(
-            [e.slot for e, batch in zip(entries, batches, strict=True) for _ in batch.is_prior_B]
-        )
-        return _Rows(
-            active_A=torch.tensor([entry.slot for entry in entries], device=device),
-            route_B=route_B,
-            slot_B=route_B.to(device),
-            is_prior_B=torch.cat([batch.is_prior_B for batch in batches]).to(device),
-            conditioning=conditioning,
-        )
-
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self._precision == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float16
-        return torch.autocast(self._base.device.type, dtype=dtype)
-
-    def _snr_table(self, jobs: Sequence[SlotJob], alpha_bar_T: Tensor) -> Tensor:
-        kind = self._base.prediction_type
-        gammas = [None, *(job.train.objective.snr_gamma for job in jobs)]
-        table = [objective.snr_weights(alpha_bar_T, gamma, kind) for gamma in gammas]
-        return torch.stack(table).to(self._alpha_bar_T)
 
     def _join(self, slot: int, job: SlotJob, state: SlotState | None) -> _Entry:
         adapter = job.train.adapter
@@ -354,15 +299,13 @@ class _Entry:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the rows of the active slots are, on the device (`route_B` on the CPU)."""
-
-    active_A: Tensor
-    route_B: Tensor
-    slot_B: Tensor
-    is_prior_B: Tensor
-    conditioning: dict[str, Tensor]
+def _set_checkpointing(base: Base, on: bool) -> None:
+    """Recompute activations in backward, or keep them."""
+    denoiser: Any = base.denoiser
+    if on:
+        denoiser.enable_gradient_checkpointing()
+    else:
+        denoiser.disable_gradient_checkpointing()
 
 
 def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
@@ -374,6 +317,7 @@ def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
     shared: dict[str, set[Any]] = {
         "resolution": {job.train.resolution for job in jobs},
         "precision": {job.train.precision for job in jobs},
+        "gradient_checkpointing": {job.train.gradient_checkpointing for job in jobs},
         "adapter.targets": {job.train.adapter.targets for job in jobs},
         "latents": {tuple(job.tensors.mean_NCHW.shape[1:]) for job in jobs},
     }
