@@ -52,11 +52,25 @@ class Base:
     family: Family
     denoiser: nn.Module
     vae: nn.Module
-    text_encoder: nn.Module
-    tokenizer: Any
+    text_encoders: dict[str, nn.Module]
+    """By folder: `text_encoder`, and `text_encoder_2` where the base has two."""
+
+    tokenizers: dict[str, Any]
+    """By folder, in the order of the text encoders: `tokenizer`, `tokenizer_2`."""
+
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The first text encoder."""
+        return next(iter(self.text_encoders.values()))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first tokenizer."""
+        return next(iter(self.tokenizers.values()))
 
     @property
     def prediction_type(self) -> str:
@@ -141,18 +155,19 @@ def load_base(
     folder = resolve_base(source, revision)
     device = torch.device(device)
     family = _family(folder)
-    for part, stem in WEIGHTS.items():
-        weight_files(folder / part, stem)
+    for part in family.weight_folders:
+        weight_files(folder / part, WEIGHTS[part])
     scheduler_config = family.read_scheduler_config(folder)
-    tokenizer = family.load_tokenizer(folder)
+    tokenizers = family.load_tokenizers(folder)
     fingerprint = fingerprint_base(folder)
     side_dtype = torch.float32 if device.type == "cpu" else dtype
     vae_dtype = torch.float32 if side_dtype == torch.float16 else side_dtype
-    text_encoder = family.load_text_encoder(folder, side_dtype)
-    positions = _config(text_encoder).max_position_embeddings
-    if tokenizer.model_max_length > positions:
-        found = f"{tokenizer.model_max_length} tokens, {positions} positions"
-        raise BaseModelError("the base's tokenizer does not fit its text encoder", found)
+    text_encoders = family.load_text_encoders(folder, side_dtype)
+    for tokenizer, text_encoder in zip(tokenizers.values(), text_encoders.values(), strict=True):
+        positions = _config(text_encoder).max_position_embeddings
+        if tokenizer.model_max_length > positions:
+            found = f"{tokenizer.model_max_length} tokens, {positions} positions"
+            raise BaseModelError("the base's tokenizer does not fit its text encoder", found)
     return Base(
         name=source,
         folder=folder,
@@ -160,8 +175,8 @@ def load_base(
         family=family,
         denoiser=_frozen(family.load_denoiser(folder, dtype), device),
         vae=_frozen(family.load_vae(folder, vae_dtype), device),
-        text_encoder=_frozen(text_encoder, device),
-        tokenizer=tokenizer,
+        text_encoders={key: _frozen(part, device) for key, part in text_encoders.items()},
+        tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         device=device,
         dtype=dtype,
@@ -169,8 +184,8 @@ def load_base(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of the base in `folder`, without loading weights."""
-    return _family(folder).load_tokenizer(folder)
+    """The first tokenizer of the base in `folder`, without loading weights."""
+    return next(iter(_family(folder).load_tokenizers(folder).values()))
 
 
 def token_split(base_or_tokenizer: Any, text: str) -> list[str]:
@@ -193,9 +208,14 @@ def cut_tokens(base_or_tokenizer: Any, prompt: str) -> list[str]:
     return token_split(tokenizer, prompt)[room:]
 
 
+@torch.no_grad()
 def encode_prompts(base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Conditioning [N, ...] of each prompt, encoded at batch 1 so that neighbours cannot matter."""
-    return base.family.encode_prompts(base.tokenizer, base.text_encoder, prompts)
+    family, encoded = base.family, []
+    for prompt in prompts:
+        ids = family.tokenize(base.tokenizers, [prompt])
+        encoded.append(family.condition(base.text_encoders, ids))
+    return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
 
 @torch.no_grad()

@@ -33,19 +33,33 @@ class Family(Protocol):
     def load_vae(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The image encoder and decoder."""
 
-    def load_text_encoder(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """The text encoder."""
+    def load_text_encoders(self, folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """The text encoders, by folder."""
 
-    def load_tokenizer(self, folder: Path) -> Any:
-        """The tokenizer, without weights."""
+    def load_tokenizers(self, folder: Path) -> dict[str, Any]:
+        """The tokenizers, by folder, without weights, in the order of the text encoders."""
 
     def read_scheduler_config(self, folder: Path) -> dict[str, Any]:
         """The noise schedule; BaseModelError when this family cannot train or sample it."""
 
-    def encode_prompts(
-        self, tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]
+    def tokenize(self, tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids [N, T] by text encoder, on the CPU; `<text encoder>.mask` where one is used."""
+
+    def condition(
+        self, text_encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Conditioning of each prompt, encoded one at a time and stacked."""
+        """Conditioning [N, ...] of tokenized prompts, differentiable in the text encoders."""
+
+    def size_conditioning(
+        self,
+        original_hw: tuple[int, int],
+        crop_top_left: tuple[int, int],
+        target_hw: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """What a picture's size adds to its conditioning, leading dimension 1; often nothing.
+
+        Pixels: the picture as it was, where the crop begins (top, left), and the crop's own size.
+        """
 
     def predict(
         self, denoiser: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor, cond: Conditioning

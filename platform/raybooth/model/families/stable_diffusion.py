@@ -45,7 +45,7 @@ class StableDiffusion:
         vae: nn.Module = _load_diffusers(AutoencoderKL, folder, "vae", dtype)
         return vae
 
-    def load_text_encoder(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+    def load_text_encoders(self, folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
         """`text_encoder/`, its keys with or without `text_model.` (transformers 5.6 dropped it)."""
         part = folder / "text_encoder"
         try:
@@ -69,9 +69,9 @@ class StableDiffusion:
             encoder.load_state_dict(state, strict=True)
         except RuntimeError as error:
             raise BaseModelError(f"{part} cannot be loaded", _one_line(error), _DO) from error
-        return encoder.to(dtype)
+        return {"text_encoder": encoder.to(dtype)}
 
-    def load_tokenizer(self, folder: Path) -> Any:
+    def load_tokenizers(self, folder: Path) -> dict[str, Any]:
         """`tokenizer/`, CLIP's byte-level BPE with a bounded length."""
         part = folder / "tokenizer"
         if not (part / "vocab.json").is_file() and not (part / "tokenizer.json").is_file():
@@ -85,7 +85,7 @@ class StableDiffusion:
         if tokenizer.model_max_length > 10_000:
             what = f"{part} does not say how many tokens fit"
             raise BaseModelError(what, "no model_max_length in tokenizer_config.json", _DO)
-        return tokenizer
+        return {"tokenizer": tokenizer}
 
     def read_scheduler_config(self, folder: Path) -> dict[str, Any]:
         """`scheduler/`, with what StableDiffusionPipeline forces: steps_offset 1, no clipping."""
@@ -100,25 +100,37 @@ class StableDiffusion:
             raise BaseModelError(what, str(config.get("_class_name")), "use an SD 1.x or 2.x base")
         return {**config, "steps_offset": 1, "clip_sample": False}
 
-    @torch.no_grad()
-    def encode_prompts(
-        self, tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]
+    def tokenize(self, tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`text_encoder`: ids [N, T], padded to T or cut there; `text_encoder.mask`: the words."""
+        tokenizer = tokenizers["tokenizer"]
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return {"text_encoder": tokens.input_ids, "text_encoder.mask": tokens.attention_mask}
+
+    def condition(
+        self, text_encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """{"encoder_hidden_states": [N, T, D]}: last hidden state, padded to T, no mask."""
-        device = next(text_encoder.parameters()).device
-        use_mask = getattr(text_encoder.config, "use_attention_mask", False)
-        states: list[Tensor] = []
-        for prompt in prompts:
-            tokens = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            mask = tokens.attention_mask.to(device) if use_mask else None
-            states.append(text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0])
-        return {"encoder_hidden_states": torch.cat(states)}
+        """{"encoder_hidden_states": [N, T, D]}: the last hidden state."""
+        encoder: Any = text_encoders["text_encoder"]
+        device = next(encoder.parameters()).device
+        use_mask = getattr(encoder.config, "use_attention_mask", False)
+        mask_NT = ids["text_encoder.mask"].to(device) if use_mask else None
+        ids_NT = ids["text_encoder"].to(device)
+        return {"encoder_hidden_states": encoder(ids_NT, attention_mask=mask_NT)[0]}
+
+    def size_conditioning(
+        self,
+        original_hw: tuple[int, int],
+        crop_top_left: tuple[int, int],
+        target_hw: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Nothing: this U-Net is not told how large a picture was."""
+        return {}
 
     def predict(
         self,
