@@ -16,10 +16,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from raybooth.config import Strict
 from raybooth.errors import InputError, NotPublishedError, StoreError
@@ -63,11 +63,10 @@ class PriorRecord(Strict):
     """Of the image digests, in order."""
 
 
-class AdapterRecord(Strict):
-    """`record.json`: everything needed to know, serve and reproduce a published adapter."""
+class ModelRecord(Strict):
+    """What `record.json` says of every published model."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["adapter"] = "adapter"
     subject_id: str
     version: int = 0
     """Given by the store at publication."""
@@ -81,8 +80,6 @@ class AdapterRecord(Strict):
     instance_prompt: str
     class_prompt: str
     base: BaseRecord
-    rank: int
-    targets: str | tuple[str, ...]
     num_parameters: int
     train: dict[str, Any]
     """The train config as resolved."""
@@ -104,13 +101,33 @@ class AdapterRecord(Strict):
         return f"{self.subject_id}@{self.version}"
 
 
+class AdapterRecord(ModelRecord):
+    """`record.json`: everything needed to know, serve and reproduce a published adapter."""
+
+    kind: Literal["adapter"] = "adapter"
+    rank: int
+    targets: str | tuple[str, ...]
+
+
+class FullRecord(ModelRecord):
+    """`record.json` of a full fine-tune: every weight of some parts of the base, in float32."""
+
+    kind: Literal["full"] = "full"
+    parts: tuple[str, ...]
+    """Folders of the base whose weights were trained; each is a file `<part>.safetensors`."""
+
+
+Record = AdapterRecord | FullRecord
+AnyRecord = TypeVar("AnyRecord", bound=ModelRecord)
+
+
 class Store:
     """Published models under one folder; every reader sees whole versions or nothing."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def publish(self, record: AdapterRecord, files: Mapping[str, Path]) -> AdapterRecord:
+    def publish(self, record: AnyRecord, files: Mapping[str, Path]) -> AnyRecord:
         """A new version of `record.subject_id` with copies of `files`, in one atomic rename.
 
         Returns the record as written (version, time and checksums filled in). Raises StoreError,
@@ -163,7 +180,7 @@ class Store:
             raise self._unknown(subject_id)
         return numbers
 
-    def records(self) -> Iterator[AdapterRecord]:
+    def records(self) -> Iterator[Record]:
         """Every published version's record, by subject and version."""
         for subject_id in self.subjects():
             for version in self.versions(subject_id):
@@ -192,7 +209,7 @@ class Store:
         subject_id, version = self.resolve(reference)
         return self.root / subject_id / str(version)
 
-    def fetch(self, reference: str) -> AdapterRecord:
+    def fetch(self, reference: str) -> Record:
         """The record of a published version.
 
         Raises NotPublishedError, or StoreError when the record is damaged or of a schema
@@ -208,7 +225,7 @@ class Store:
                     f"schema_version {schema!r}, this RayBooth knows {SCHEMA_VERSION}",
                     "use the RayBooth that wrote it, or publish the subject again",
                 )
-            return AdapterRecord.model_validate(values)
+            return _RECORDS.validate_python(values)
         except (OSError, ValueError, AttributeError, ValidationError) as error:
             found = " ".join(str(error).split())[:200]
             raise StoreError(
@@ -262,7 +279,7 @@ class Store:
             own[alias] = self.resolve(f"{subject_id}@{version}")[1]
         self._write_aliases(subject_id, own)
 
-    def published_job(self, subject_id: str, job_id: str) -> AdapterRecord | None:
+    def published_job(self, subject_id: str, job_id: str) -> Record | None:
         """The newest version that `job_id` published, or none."""
         if not _NAME.fullmatch(subject_id):
             return None
@@ -303,6 +320,9 @@ class Store:
         near = difflib.get_close_matches(subject_id, self.subjects(), n=5, cutoff=0.5)
         do = f"did you mean {', '.join(near)}?" if near else "see `raybooth models`"
         return NotPublishedError(f"no subject {subject_id!r} is published", "", do)
+
+
+_RECORDS: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
 def describe_file(path: Path) -> FileRecord:

@@ -25,7 +25,7 @@ class Catalog:
         """The record that `model` means, or None for the plain base.
 
         Raises NotPublishedError listing near names, BaseModelError for an adapter of another
-        base, StoreError for a damaged record.
+        base and for a full fine-tune, StoreError for a damaged record.
         """
         if model == self.base_name:
             return None
@@ -41,10 +41,16 @@ class Catalog:
                 found,
                 f"this endpoint serves {serving}; ask an endpoint of its own base",
             )
+        if not isinstance(record, AdapterRecord):
+            raise BaseModelError(
+                f"{record.reference} is a full fine-tune, not an adapter",
+                f"weights of its own for {', '.join(record.parts)}",
+                "sample it with `raybooth generate`; an endpoint serves adapters of one base",
+            )
         return record
 
     def cards(self, *, with_versions: bool = False) -> list[ModelCard]:
-        """The base, then every subject of this base (each version as well if asked)."""
+        """The base, then every adapter of this base (each version as well if asked)."""
         cards = [ModelCard(id=self.base_name, created=0, owned_by="base")]
         for subject_id in self.store.subjects():
             record = self._readable(subject_id)
@@ -66,6 +72,8 @@ class Catalog:
             record = self.store.fetch(reference)
         except (NotPublishedError, StoreError) as error:
             logger.warning("%s is left out of the list of models: %s", reference, error)
+            return None
+        if not isinstance(record, AdapterRecord):
             return None
         return record if record.base.fingerprint == self.base_fingerprint else None
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 from raybooth.config import EngineConfig, SamplingDefaults
 from raybooth.errors import BaseModelError, InputError, NotPublishedError, RequestError, StoreError
 from raybooth.home import store_folder
-from raybooth.store import WEIGHTS, AdapterRecord, Store
+from raybooth.store import WEIGHTS, FullRecord, Record, Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,6 +57,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     _check(arguments)
     width, height = _size(arguments.size)
     record = _record(arguments.reference, arguments.base)
+    if isinstance(record, FullRecord) and arguments.adapter_scale != 1.0:
+        found = f"{record.reference} is a full fine-tune"
+        raise RequestError("--adapter-scale has no adapter to scale", found, "leave it out")
 
     import torch
 
@@ -74,7 +77,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if cut := cut_tokens(base, prompt):
             found = f"these tokens would be cut: {' '.join(cut[:20])}"
             raise RequestError("a prompt is too long for this base", found, "shorten it")
-    bank = None if record is None else _bank(base, record)
+    bank = None if record is None else _take_on(base, record)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     requests = [
         SampleRequest(
@@ -86,7 +89,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             solver=arguments.solver,
             height=height,
             width=width,
-            slot=0 if record is None else 1,
+            slot=0 if bank is None else 1,
             adapter_scale=arguments.adapter_scale,
         )
         for index in range(arguments.n)
@@ -125,8 +128,8 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
-def _record(reference: str, base: str | None) -> AdapterRecord | None:
-    """The published adapter, checked, or None where `reference` names the base itself."""
+def _record(reference: str, base: str | None) -> Record | None:
+    """The published model, checked, or None where `reference` names the base itself."""
     if reference in ("pocket", base) or (base and reference == Path(base).name):
         return None
     store = Store(store_folder())
@@ -142,9 +145,13 @@ def _record(reference: str, base: str | None) -> AdapterRecord | None:
     return record
 
 
-def _bank(base: Base, record: AdapterRecord) -> Bank:
-    """The adapter in slot 1, at the rank that a server's bank has by default (same bytes)."""
+def _take_on(base: Base, record: Record) -> Bank | None:
+    """The adapter in slot 1, at the rank that a server's bank has by default (same bytes).
+
+    A full fine-tune takes the place of the base's own weights and needs no bank.
+    """
     from raybooth.model.bank import Bank
+    from raybooth.model.full_weights import load_full
     from raybooth.model.lora import find_sites, load_adapter
 
     if record.base.fingerprint != base.fingerprint:
@@ -153,6 +160,10 @@ def _bank(base: Base, record: AdapterRecord) -> Bank:
             f"{record.base.name} {record.base.fingerprint[:12]}, not {base.fingerprint[:12]}",
             "name its own base with --base",
         )
+    folder = Store(store_folder()).folder(record.reference)
+    if isinstance(record, FullRecord):
+        load_full(base, folder, record.parts)
+        return None
     targets: Any = record.targets
     bank = Bank(
         base.denoiser,
@@ -161,7 +172,7 @@ def _bank(base: Base, record: AdapterRecord) -> Bank:
         num_slots=1,
         device=base.device,
     )
-    bank.write(1, load_adapter(Store(store_folder()).folder(record.reference) / WEIGHTS))
+    bank.write(1, load_adapter(folder / WEIGHTS))
     return bank
 
 

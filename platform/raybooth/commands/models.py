@@ -8,7 +8,7 @@ from typing import Any
 
 from raybooth.errors import StoreError
 from raybooth.home import store_folder
-from raybooth.store import AdapterRecord, Store
+from raybooth.store import Record, Store
 
 
 def register(subparsers: Any) -> None:
@@ -89,10 +89,11 @@ def _delete(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(store: Store, record: AdapterRecord) -> dict[str, Any]:
+def _row(store: Store, record: Record) -> dict[str, Any]:
     aliases = store.aliases(record.subject_id).items()
     return {
         "id": record.reference,
+        "kind": record.kind,
         "subject_id": record.subject_id,
         "version": record.version,
         "aliases": sorted(name for name, version in aliases if version == record.version),
