@@ -27,6 +27,7 @@ from raybooth.config import (
 from raybooth.errors import InputError, InputProblems, SubjectError
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_NOT_THE_RESULT = {"pack", "resources", "checkpoint", "gradient_checkpointing"}
 SIDECAR_SUFFIXES = (".txt", ".md", ".json")
 
 
@@ -64,9 +65,9 @@ class Subject:
     def digest(self, base_fingerprint: str) -> str:
         """sha256 of all that decides the result: photos, words, config, base; names a job.
 
-        How the work is spread (packs, resources, checkpoint rhythm) is not part of it.
+        How the work is spread (packs, resources, memory, checkpoint rhythm) is not part of it.
         """
-        config = self.train.model_dump(mode="json", exclude={"pack", "resources", "checkpoint"})
+        config = self.train.model_dump(mode="json", exclude=_NOT_THE_RESULT)
         parts = {
             "base": base_fingerprint,
             "subject": self.subject_id,

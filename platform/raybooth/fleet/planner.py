@@ -93,6 +93,7 @@ class PlanJob:
     method: str
     resolution: int
     precision: Precision
+    gradient_checkpointing: bool
     targets: str | tuple[str, ...]
     rank: int
     batch_size: int
@@ -197,6 +198,7 @@ def _alike(job: PlanJob) -> tuple[object, ...]:
         job.method,
         job.resolution,
         job.precision,
+        job.gradient_checkpointing,
         job.targets,
         job.pack,
         job.resources,

@@ -51,6 +51,7 @@ class SubjectJob:
             method=train.method,
             resolution=train.resolution,
             precision=train.precision,
+            gradient_checkpointing=train.gradient_checkpointing,
             targets=train.adapter.targets,
             rank=train.adapter.rank,
             batch_size=train.batch_size,

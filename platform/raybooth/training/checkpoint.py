@@ -60,7 +60,7 @@ def save_state(folder: Path, state: SlotState, fields: Mapping[str, Any], *, kee
     """
     payload = safetensors_torch.save(_tensors_of(state))
     sha256 = hashlib.sha256(payload).hexdigest()
-    stem = f"step-{state.train_step:08d}"
+    stem = _stem(state.train_step)
     weights = folder / f"{stem}-{sha256[:12]}.safetensors"
     body = {
         "format": FORMAT,
@@ -91,13 +91,17 @@ def save_state(folder: Path, state: SlotState, fields: Mapping[str, Any], *, kee
     return record
 
 
-def load_latest(folder: Path, fields: Mapping[str, Any]) -> LoadReport:
-    """The newest whole state in `folder`; a damaged one is passed over, with a note.
+def load_latest(
+    folder: Path, fields: Mapping[str, Any], *, train_step: int | None = None
+) -> LoadReport:
+    """The newest whole state in `folder` (or that of `train_step`); a damaged one is passed
+    over, with a note.
 
     Raises CheckpointError that names what differs when the state belongs to other `fields`.
     """
     notes: list[str] = []
-    for record in sorted(folder.glob("step-*.json"), reverse=True):
+    pattern = "step-*.json" if train_step is None else f"{_stem(train_step)}.json"
+    for record in sorted(folder.glob(pattern), reverse=True):
         try:
             body, tensors = _read(record)
         except (_Damaged, OSError) as error:
@@ -124,25 +128,33 @@ def load_latest(folder: Path, fields: Mapping[str, Any]) -> LoadReport:
 
 
 class CheckpointWriter:
-    """Writes states on one background thread; a failed write is raised by the next call.
+    """Writes states on one background thread, at most one pending a folder.
 
-    States are snapshots (copies), so training goes on meanwhile.
+    States are snapshots (copies), so training goes on meanwhile. What cannot be written is told
+    by `errors`, folder by folder: one slot's disk is no other slot's trouble.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: list[Future[Path]] = []
+        self._pending: dict[Path, Future[Path]] = {}
+        self._errors: dict[Path, CheckpointError] = {}
 
     def save(self, folder: Path, state: SlotState, fields: Mapping[str, Any], keep: int) -> None:
-        """Queue one state; raises CheckpointError of an earlier one."""
-        self._raise_done()
-        self._pending.append(self._pool.submit(save_state, folder, state, fields, keep=keep))
+        """Queue one state, once the folder's earlier one is written."""
+        self._end(folder)
+        self._pending[folder] = self._pool.submit(save_state, folder, state, fields, keep=keep)
 
     def flush(self) -> None:
-        """Return when everything queued is on disk; raises CheckpointError if something is not."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
+        """Return when everything queued is on disk, or its error known."""
+        for folder in tuple(self._pending):
+            self._end(folder)
+
+    def errors(self) -> dict[Path, CheckpointError]:
+        """What could not be written since the last call, by folder."""
+        for folder in [f for f, future in self._pending.items() if future.done()]:
+            self._end(folder)
+        errors, self._errors = self._errors, {}
+        return errors
 
     def __enter__(self) -> Self:
         return self
@@ -156,14 +168,22 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self.flush()
+                for unseen in self.errors().values():
+                    raise unseen
         finally:
             self._pool.shutdown(wait=True)
 
-    def _raise_done(self) -> None:
-        done = [future for future in self._pending if future.done()]
-        self._pending = [future for future in self._pending if not future.done()]
-        for future in done:
-            future.result()
+    def _end(self, folder: Path) -> None:
+        future = self._pending.pop(folder, None)
+        error = future.exception() if future is not None else None
+        if isinstance(error, CheckpointError):
+            self._errors[folder] = error
+        elif error is not None:
+            raise error
+
+
+def _stem(train_step: int) -> str:
+    return f"step-{train_step:08d}"
 
 
 class _Damaged(Exception):

@@ -13,7 +13,9 @@ from raybooth.model.base import Base
 from raybooth.training.checkpoint import CheckpointWriter, SlotState, load_latest
 from raybooth.training.pack import Pack, SlotJob, SlotReport
 
-_NOT_THE_RESULT = {"pack", "resources", "checkpoint", "samples", "min_images"}
+_NOT_THE_RESULT = {
+    *("pack", "resources", "checkpoint", "gradient_checkpointing", "samples", "min_images"),
+}
 """Parts of a train config that a slot's weights do not depend on."""
 
 
@@ -54,12 +56,20 @@ def train_pack(
     `on_report` gets every train step's reports; `should_stop` is asked between train steps (all
     states are written, then the call returns); `cancelled` names jobs to take out now;
     `on_finished` gets each job once its last state is on disk, again if the process died since.
-    Raises CheckpointError when states cannot be read or written.
+    A job whose state cannot be written fails alone. Raises CheckpointError when a state cannot
+    be read.
+
+    Jobs that began together with one checkpoint rhythm, and keep two, end bit for bit as if
+    nothing had been when their pack is killed at any moment and trained again: slots go on from
+    the newest train step that all of them have on disk, and everybody's state is written when
+    somebody leaves. Resumed beside other jobs, a state is the same bits and its next steps are
+    the same up to rounding.
     """
     states, notes = _load(base, jobs, checkpoint_root)
     pack = Pack(base, jobs, states=states)
     try:
-        return _Loop(base, jobs, pack, checkpoint_root, tuple(notes)).run(
+        fresh = {job.job_id for job in jobs} - states.keys()
+        return _Loop(base, jobs, pack, checkpoint_root, tuple(notes), fresh).run(
             on_report, should_stop, on_finished, cancelled
         )
     finally:
@@ -89,8 +99,9 @@ class _Loop:
         pack: Pack,
         root: Path,
         notes: tuple[str, ...],
+        fresh: Collection[str],
     ) -> None:
-        self._pack, self._root, self._notes = pack, root, notes
+        self._pack, self._root, self._notes, self._fresh = pack, root, notes, fresh
         self._jobs = {job.job_id: job for job in jobs}
         self._fields = {job.job_id: job_fields(base, job) for job in jobs}
         self._failed: dict[str, str] = {}
@@ -109,6 +120,8 @@ class _Loop:
             for job_id, job in self._jobs.items():
                 if pack.status(job_id) == "finished":
                     on_finished(job, pack)
+                elif job_id in self._fresh:
+                    self._save_one(writer, job_id)
             while pack.active:
                 taken = [pack.cancel(job_id) for job_id in cancelled() if job_id in pack.active]
                 if taken:
@@ -117,12 +130,17 @@ class _Loop:
                     break
                 reports = self._step()
                 on_report(reports)
-                self._save(writer, reports)
+                self._save(writer, [*taken, *reports])
+                if unsaved := self._fail_unsaved(writer):
+                    on_report(unsaved)
                 for report in reports:
-                    if report.status == "finished":
+                    if pack.status(report.job_id) == "finished":
                         on_finished(self._jobs[report.job_id], pack)
             for job_id in pack.active:
                 self._save_one(writer, job_id)
+            writer.flush()
+            if unsaved := self._fail_unsaved(writer):
+                on_report(unsaved)
         return self._report()
 
     def _step(self) -> list[SlotReport]:
@@ -137,15 +155,24 @@ class _Loop:
         return reports
 
     def _save(self, writer: CheckpointWriter, reports: Sequence[SlotReport]) -> None:
-        finished = False
+        """States that are due; all of them when somebody leaves, on disk before he is published."""
+        left = any(report.status != "running" for report in reports)
         for report in reports:
             every = self._jobs[report.job_id].train.checkpoint.every_steps
-            due = report.status == "running" and report.train_step % every == 0
+            due = report.status == "running" and (left or report.train_step % every == 0)
             if due or report.status == "finished":
                 self._save_one(writer, report.job_id)
-            finished |= report.status == "finished"
-        if finished:
+        if left:
             writer.flush()
+
+    def _fail_unsaved(self, writer: CheckpointWriter) -> list[SlotReport]:
+        """Jobs whose state the disk does not take leave the pack; older states stay."""
+        reports = []
+        for folder, error in writer.errors().items():
+            job_id = folder.name
+            self._failed[job_id] = str(error)
+            reports.append(self._pack.cancel(job_id, str(error)))
+        return reports
 
     def _save_one(self, writer: CheckpointWriter, job_id: str) -> None:
         keep = self._jobs[job_id].train.checkpoint.keep
@@ -169,6 +196,7 @@ class _Loop:
 def _load(
     base: Base, jobs: Sequence[SlotJob], root: Path
 ) -> tuple[dict[str, SlotState], list[str]]:
+    """Each job's newest state, or an older one from the train step where the hindmost stands."""
     states: dict[str, SlotState] = {}
     notes: list[str] = []
     for job in jobs:
@@ -176,4 +204,12 @@ def _load(
         notes += found.notes
         if found.state is not None:
             states[job.job_id] = found.state
+    steps = {job.job_id: job.train.num_train_steps for job in jobs}
+    running = [s.train_step for name, s in states.items() if s.train_step < steps[name]]
+    hindmost = min(running, default=max(steps.values()))
+    for job in jobs:
+        state = states.get(job.job_id)
+        if state is not None and state.train_step > hindmost:
+            older = load_latest(root / job.job_id, job_fields(base, job), train_step=hindmost)
+            states[job.job_id] = older.state or state
     return states, notes

@@ -38,6 +38,7 @@ JOB = PlanJob(
     method="lora",
     resolution=64,
     precision="fp32",
+    gradient_checkpointing=False,
     targets="all",
     rank=4,
     batch_size=1,

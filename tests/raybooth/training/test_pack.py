@@ -275,6 +275,7 @@ def test_a_gradient_that_is_not_finite_fails_its_job_alone(precision: str, base:
     ("name", "changes"),
     [
         ("precision", {"precision": "bf16"}),
+        ("gradient_checkpointing", {"gradient_checkpointing": True}),
         ("resolution", {"resolution": 64}),
         ("adapter.targets", {"adapter": {"targets": "attention"}}),
     ],
@@ -284,6 +285,15 @@ def test_jobs_that_cannot_share_a_pack_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"share {name}"):
         Pack(base, [make_job("robot"), make_job("vase", **changes)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_no_bit(precision: str, base: Base) -> None:
+    """Blocks run again in backward with the hooks, routes and autocast of their first run."""
+    plain = Run(base, four_jobs(precision=precision))
+    checkpointed = Run(base, four_jobs(precision=precision, gradient_checkpointing=True))
+    assert torch.equal(checkpointed.flat_SP, plain.flat_SP)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in base.denoiser.modules())
 
 
 def test_no_job_and_one_job_twice_are_refused(base: Base) -> None:
