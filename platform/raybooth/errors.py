@@ -59,6 +59,12 @@ class RequestError(InputError):
     code = "invalid_request"
 
 
+class EncoderError(InputError):
+    """An encoder that judges pictures is unknown, incomplete, pickled, or of another kind."""
+
+    code = "invalid_encoder"
+
+
 class NotPublishedError(InputError):
     """The store holds no such subject, version or alias."""
 

@@ -69,7 +69,7 @@ def train_classifier(
     for step in range(steps):
         rng = numbers(seed, "judge", step)
         rows_B = torch.randint(0, pictures, (64,), generator=rng)
-        logits = classifier(_softened(images_BCHW[rows_B], rng))
+        logits = classifier(softened(images_BCHW[rows_B], rng))
         loss = torch.stack(
             [functional.cross_entropy(logits[name], truth[name][rows_B]) for name in HEADS]
         ).sum()
@@ -118,7 +118,7 @@ def load_classifier(path: Path) -> Classifier:
     return classifier.eval()
 
 
-def _softened(pictures_BCHW: Tensor, rng: torch.Generator) -> Tensor:
+def softened(pictures_BCHW: Tensor, rng: torch.Generator) -> Tensor:
     """Some blur and some noise: a judge of shapes and colours, not of pixel-exact edges."""
     kernel = torch.tensor([1.0, 2.0, 1.0])
     kernel_2d = (kernel[:, None] * kernel[None, :] / 16).expand(3, 1, 3, 3)

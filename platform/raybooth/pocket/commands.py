@@ -1,4 +1,4 @@
-"""`raybooth pocket draw | pretrain | report | path`: the embedded base and its world."""
+"""`raybooth pocket draw | pretrain | evaluators | report | path`: the embedded base, its world."""
 
 import argparse
 import json
@@ -53,6 +53,15 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--work", type=Path, default=_WORK, help=f"folder for state (default {_WORK})"
     )
     train.add_argument("-o", "--out", type=Path, help="where the base goes (default: WORK/base)")
+
+    judges = _command(
+        commands, "evaluators", "train the CLIP and the instance embedder of the world", _evaluators
+    )
+    judges.add_argument("--seed", type=int, default=0)
+    judges.add_argument(
+        "--work", type=Path, default=_WORK, help=f"folder for the corpus (default {_WORK})"
+    )
+    judges.add_argument("-o", "--out", type=Path, help="where both go (default: WORK/evaluators)")
 
     report = _command(
         commands, "report", "judge a base with a classifier trained on true renders", _report
@@ -132,6 +141,16 @@ def _pretrain(args: argparse.Namespace) -> int:
     out = args.out or args.work / "base"
     record = pretrain(config, out, args.work, args.resume)
     print(json.dumps(record["stages"], indent=2), file=sys.stderr)
+    print(out)
+    return 0
+
+
+def _evaluators(args: argparse.Namespace) -> int:
+    from raybooth.pocket.evaluators import EvaluatorsConfig, train_evaluators
+
+    out = args.out or args.work / "evaluators"
+    record = train_evaluators(EvaluatorsConfig(seed=args.seed), args.work, out)
+    print(json.dumps({name: record[name] for name in ("embedder", "clip")}, indent=2))
     print(out)
     return 0
 
