@@ -1,90 +1,96 @@
-"""y_b = W x_b + s_b B_slot(b) A_slot(b) x_b: many adapters over ONE frozen denoiser, row by row.
+"""Many adapters over ONE frozen base: S rows of numbers, one for each slot, views of them in use.
 
-Shapes: S slots, P numbers of a slot (padded), B batch rows, K groups of n rows each (B = K n),
-T tokens, I inputs, O outputs, R rank, C channels, H W pixels, L = H W, h w kernel.
-
-A convolution's down-projection runs as one product with all h w taps, `z = A x` of [R h w, L],
-whose taps are then shifted and summed (`fold`). Exact, and light because R is far below C.
-Milliseconds of A and B for 16 rows of rank 4, forward / forward and backward, one thread of a CPU:
-
-    channels, side, stride   fold          unfold + bmm   grouped conv   the frozen layer alone
-    64 -> 64,   16, 1        0.51 / 1.9    7.9 / 17       0.59 / 8.5     2.8
-    128 -> 128,  8, 1        0.22 / 0.70   1.9 / 8.4      0.34 / 2.1     2.4
-    192 -> 128, 16, 1        1.0 / 6.6     21 / 57        2.0 / 21       24
-    128 -> 128, 16, 2        0.63 / 2.4    2.3 / 8.6      0.43 / 2.6     2.8
-    320 -> 320, 32, 1        16 / 45       262 / 548      23 / 72        262
+Shapes: S slots, P numbers of a slot (padded), B batch rows, N learned tokens, D token width,
+R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from raybooth.errors import BaseModelError
-from raybooth.model.lora import AdapterTensors, LoraPair, Site, init_pair
+from raybooth.model.lora import DENOISER, AdapterTensors, LoraPair, Site, TokenSite, init_pair
+from raybooth.model.part import BankPart, Routing
 
 BLOCK = 256
 """P is a multiple of this: one 8-bit optimiser block never spans two slots."""
 
 
 class Bank:
-    """S adapters stacked over a frozen denoiser; slot 0 is the null adapter, always zeros.
+    """S adapters stacked over a frozen base; slot 0 is the null adapter, always zeros.
 
-    `flat_SP` [S + 1, P] is the one master tensor and the one autograd leaf; sites are views of it.
-    `scale_S` [S + 1] holds each slot's alpha / rank. `route` names the slot of every batch row; it
-    holds for all following calls of the denoiser. Change `flat_SP` in place by its own operations,
-    not through `.data` (after a forward with gradients any way is seen).
+    `flat_SP` [S + 1, P] is the one master tensor and the one autograd leaf; sites and learned
+    tokens are views of it, the denoiser's first. `scale_S` [S + 1] holds each slot's alpha / rank.
+    `route` names the slot of every batch row; it holds for all following calls of the denoiser.
+    Text encoders have adapters only inside `text_routed`. Change `flat_SP` in place by its own
+    operations, not through `.data` (after a forward with gradients any way is seen).
     """
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: nn.Module | None,
         *,
         sites: Sequence[Site],
         rank: int,
         num_slots: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        text_encoders: Mapping[str, nn.Module] | None = None,
+        token_sites: Sequence[TokenSite] = (),
     ) -> None:
-        self.denoiser = denoiser
-        self.sites = tuple(sites)
+        """Sites and tokens by part; text encoders by the names that their sites carry."""
         self.rank = rank
         self.num_slots = num_slots
         self.device = torch.device(device)
-        self._down_sizes = [prod(site.down_shape(rank)) for site in self.sites]
-        self._up_sizes = [prod(site.up_shape(rank)) for site in self.sites]
-        self.num_parameters = sum(self._down_sizes) + sum(self._up_sizes)
-        self.slot_size = -(-self.num_parameters // BLOCK) * BLOCK
+        self.parts: dict[str, BankPart] = {}
+        modules = {} if denoiser is None else {DENOISER: denoiser}
+        stop = 0
+        for name, module in {**modules, **(text_encoders or {})}.items():
+            own = [site for site in sites if site.part == name]
+            tokens = next((site for site in token_sites if site.part == name), None)
+            if own or tokens:
+                self.parts[name] = BankPart(module, own, tokens, rank, stop)
+                stop = self.parts[name].stop
+        self.sites = tuple(site for part in self.parts.values() for site in part.sites)
+        assert len(self.sites) == len(sites), "a site names a part that the bank lacks"
+        self.num_parameters = stop
+        self.slot_size = -(-stop // BLOCK) * BLOCK
         self.flat_SP = torch.zeros(num_slots + 1, self.slot_size, device=self.device, dtype=dtype)
         self.scale_S = torch.ones(num_slots + 1, dtype=torch.float64)
         self._rank_S = [rank] * (num_slots + 1)
-        self._place = {site.name: place for place, site in enumerate(self.sites)}
-        self._routing: _Routing | None = None
-        self._stack: _Stack | None = None
-        self._gathered: tuple[object, _Stack] | None = None
-        self._handles: list[RemovableHandle] = []
-        self.attach()
+        self._place = {site.key: place for place, site in enumerate(self.sites)}
+        for part in self.parts.values():
+            part.bind(self.flat_SP, self.scale_S)
+
+    @property
+    def text_start(self) -> int:
+        """Where in a row the denoiser's numbers end and the text encoders' begin."""
+        return self.parts[DENOISER].stop if DENOISER in self.parts else 0
 
     # Slots -------------------------------------------------------------------------------------
 
     def init(self, slot: int, rank: int, scale: float, generator: torch.Generator) -> None:
         """A fresh adapter of `rank` in `slot`: A normal from `generator`, site by site, B zero."""
-        self.write(slot, {s.name: init_pair(s, rank, generator) for s in self.sites}, scale)
+        self.write(slot, {s.key: init_pair(s, rank, generator) for s in self.sites}, scale)
 
     @torch.no_grad()
-    def write(self, slot: int, tensors: AdapterTensors, scale: float = 1.0) -> None:
+    def write(
+        self,
+        slot: int,
+        tensors: AdapterTensors,
+        scale: float = 1.0,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Put an adapter into `slot`; sites that it lacks are zero, a lower rank is zero-padded.
 
-        Raises BaseModelError for a site that the bank lacks, a foreign shape, or a higher rank.
+        `learned` has the tokens [N, D] of each text encoder. Raises BaseModelError for a site
+        that the bank lacks, a foreign shape, or a higher rank.
         """
-        flat_P = self.flatten(tensors)
+        flat_P = self.flatten(tensors, learned)
         self._check_slot(slot)
         self.flat_SP[slot].copy_(flat_P)
         self.scale_S[slot] = scale
@@ -95,6 +101,12 @@ class Bank:
         """Copies of a slot's pairs at the slot's own rank (`scale_S[slot]` is not folded in)."""
         tensors = self.unflatten(self.flat_SP[slot].detach(), self._rank_S[slot])
         return {name: LoraPair(p.down.clone(), p.up.clone()) for name, p in tensors.items()}
+
+    @torch.no_grad()
+    def read_tokens(self, slot: int) -> dict[str, Tensor]:
+        """Copies of a slot's learned tokens [N, D], by text encoder."""
+        tokens = self.unflatten_tokens(self.flat_SP[slot].detach())
+        return {part: tokens_ND.clone() for part, tokens_ND in tokens.items()}
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -108,7 +120,9 @@ class Bank:
         """The rank of the adapter in `slot`, at most the bank's."""
         return self._rank_S[slot]
 
-    def flatten(self, tensors: AdapterTensors) -> Tensor:
+    def flatten(
+        self, tensors: AdapterTensors, learned: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """[P] in the master's dtype and device: one slot's row of `flat_SP`."""
         flat_P = self.flat_SP.new_zeros(self.slot_size)
         if foreign := sorted(tensors.keys() - self._place.keys()):
@@ -122,6 +136,9 @@ class Bank:
             down, up = views[self._place[name]]
             down[: pair.rank].copy_(_taps_first(site, pair.down))
             up[:, : pair.rank].copy_(pair.up.reshape(site.out_features, pair.rank))
+        for part, view_ND in self.unflatten_tokens(flat_P).items():
+            if learned is not None:
+                view_ND.copy_(learned[part])
         return flat_P
 
     def unflatten(self, flat_P: Tensor, rank: int) -> AdapterTensors:
@@ -129,8 +146,13 @@ class Bank:
         tensors: AdapterTensors = {}
         for site, (down, up) in zip(self.sites, self._views(flat_P), strict=True):
             pair_down = _taps_last(site, down[:rank])
-            tensors[site.name] = LoraPair(pair_down, up[:, :rank].reshape(site.up_shape(rank)))
+            tensors[site.key] = LoraPair(pair_down, up[:, :rank].reshape(site.up_shape(rank)))
         return tensors
+
+    def unflatten_tokens(self, flat_P: Tensor) -> dict[str, Tensor]:
+        """The learned tokens [N, D] of one row of `flat_SP`, by text encoder."""
+        parts = self.parts.items()
+        return {name: part.token_view(flat_P) for name, part in parts if part.tokens is not None}
 
     # Routing -----------------------------------------------------------------------------------
 
@@ -141,122 +163,47 @@ class Bank:
         groups of rows run as one product a slot; without, adapters are gathered once, here.
         A backward pass must be over before the next `route`.
         """
+        part = self.parts[DENOISER]
+        part.routing = self._routing(slot_B, scale_B, rows_each)
+        if not torch.is_grad_enabled():
+            part.prepare()
+
+    @contextmanager
+    def text_routed(self, slot_B: Tensor, scale_B: Tensor | None = None) -> Iterator[None]:
+        """Inside, row b of a text encoder's call goes through `slot_B[b]`; outside, none does."""
+        routing = self._routing(slot_B, scale_B, 1)
+        parts = [part for name, part in self.parts.items() if name != DENOISER]
+        try:
+            for part in parts:
+                part.routing = routing
+            yield
+        finally:
+            for part in parts:
+                part.routing = None
+                part.prepare()
+
+    def attach(self) -> None:
+        """Add the hooks (a new bank has them)."""
+        for part in self.parts.values():
+            part.attach()
+
+    def detach(self) -> None:
+        """Remove the hooks: denoiser and text encoders are the bare base again."""
+        for part in self.parts.values():
+            part.detach()
+
+    def _routing(self, slot_B: Tensor, scale_B: Tensor | None, rows_each: int) -> Routing:
         slots = tuple(int(slot) for slot in slot_B.tolist())
         for slot in slots:
             if not 0 <= slot <= self.num_slots:
                 raise IndexError(f"slot {slot} is not in 0..{self.num_slots}")
         scales = (1.0,) * len(slots) if scale_B is None else tuple(scale_B.double().tolist())
         assert len(scales) == len(slots)
-        self._routing = _Routing(slots, scales, rows_each)
-        if not torch.is_grad_enabled():
-            self._prepare()
-
-    def attach(self) -> None:
-        """Add the hooks (a new bank has them)."""
-        if self._handles:
-            return
-        self._handles.append(self.denoiser.register_forward_pre_hook(self._before_call))
-        for place, site in enumerate(self.sites):
-            module = self.denoiser.get_submodule(site.name)
-            hook = self._linear_hook(place) if site.kind == "linear" else self._conv_hook(place)
-            self._handles.append(module.register_forward_hook(hook))
-
-    def detach(self) -> None:
-        """Remove the hooks: the denoiser is the bare base again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._stack = None
-
-    # Inside the denoiser -----------------------------------------------------------------------
-
-    def _before_call(self, module: nn.Module, args: object) -> None:
-        self._prepare()
-
-    def _prepare(self) -> None:
-        routing = self._routing
-        if routing is None:
-            self._stack = None
-        elif torch.is_grad_enabled() and self.flat_SP.requires_grad:
-            self._gathered = None
-            self._stack = self._stacked(routing.grouped())
-        elif not any(routing.slots):
-            self._stack = None
-        else:
-            key = (routing, self._dtype(), self.flat_SP._version, tuple(self.scale_S.tolist()))
-            if self._gathered is None or self._gathered[0] != key:
-                with torch.no_grad():
-                    self._gathered = key, self._stacked(routing)
-            self._stack = self._gathered[1]
-
-    def _stacked(self, routing: _Routing) -> _Stack:
-        slots, first = routing.slots, routing.slots[0]
-        if slots == tuple(range(first, first + len(slots))):
-            flat_KP = self.flat_SP[first : first + len(slots)]
-        else:
-            flat_KP = self.flat_SP.index_select(0, torch.tensor(slots, device=self.device))
-        flat_KP = flat_KP.to(self._dtype())
-        # one split has one backward (a concatenation); a slice for each site would have one of
-        # the whole [K, P] for each
-        total_down, total_up = sum(self._down_sizes), sum(self._up_sizes)
-        padding = self.slot_size - total_down - total_up
-        downs_KP, ups_KP, _ = torch.split(flat_KP, [total_down, total_up, padding], dim=1)
-        scales = [float(self.scale_S[s]) * r for s, r in zip(slots, routing.scales, strict=True)]
-        if any(scale != 1.0 for scale in scales):
-            ups_KP = ups_KP * torch.tensor(scales, device=self.device, dtype=ups_KP.dtype)[:, None]
-        downs = torch.split(downs_KP, self._down_sizes, dim=1)
-        ups = torch.split(ups_KP, self._up_sizes, dim=1)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for site, down, up in zip(self.sites, downs, ups, strict=True):
-            down_KXI = down.reshape(len(slots), -1, site.in_features)
-            pairs.append((down_KXI, up.reshape(len(slots), site.out_features, self.rank)))
-        return _Stack(len(slots), routing.rows_each, pairs)
-
-    def _dtype(self) -> torch.dtype:
-        kind = self.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return next(self.denoiser.parameters()).dtype
-
-    def _linear_hook(self, place: int) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            stack = self._stack
-            if stack is None:
-                return None
-            x, (down_KRI, up_KOR) = args[0], stack.pairs[place]
-            stack.check(x)
-            x_KXI = x.reshape(stack.num_groups, -1, x.shape[-1])
-            y_KXO = y.reshape(stack.num_groups, -1, y.shape[-1])
-            h_KXR = torch.bmm(x_KXI, down_KRI.transpose(1, 2))
-            return torch.baddbmm(y_KXO, h_KXR, up_KOR.transpose(1, 2)).view(y.shape)
-
-        return add
-
-    def _conv_hook(self, place: int) -> Any:
-        site = self.sites[place]
-
-        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            stack = self._stack
-            if stack is None:
-                return None
-            x, (down_KXC, up_KOR) = args[0], stack.pairs[place]
-            stack.check(x)
-            down_BXC, up_BOR = stack.per_row(down_KXC), stack.per_row(up_KOR)
-            h_BRL = _down_conv(site, x, down_BXC)
-            return torch.baddbmm(y.flatten(2), up_BOR, h_BRL).view(y.shape)
-
-        return add
-
-    # Layout of a row: every down, then every up, then padding ------------------------------------
+        return Routing(slots, scales, rows_each)
 
     def _views(self, flat_P: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each site, views [R, taps, I] and [O, R] of one row."""
-        downs = torch.split(flat_P[: sum(self._down_sizes)], self._down_sizes)
-        ups = torch.split(flat_P[sum(self._down_sizes) : self.num_parameters], self._up_sizes)
-        return [
-            (down.view(self.rank, -1, site.in_features), up.view(site.out_features, self.rank))
-            for site, down, up in zip(self.sites, downs, ups, strict=True)
-        ]
+        return [views for part in self.parts.values() for views in part.views(flat_P)]
 
     def _check_slot(self, slot: int) -> None:
         if not 1 <= slot <= self.num_slots:
@@ -267,68 +214,11 @@ class Bank:
         shapes = tuple(pair.down.shape), tuple(pair.up.shape)
         if shapes != (site.down_shape(rank), site.up_shape(rank)):
             do = "load it over the base that it was trained with"
-            what = f"the adapter's tensors do not fit {site.name} of this base"
+            what = f"the adapter's tensors do not fit {site.key} of this base"
             raise BaseModelError(what, f"shapes {shapes[0]} and {shapes[1]}", do)
         if rank > self.rank:
             what = f"the adapter's rank is above the bank's ({self.rank})"
             raise BaseModelError(what, f"rank {rank}", "raise the bank's rank (`max_rank`)")
-
-
-@dataclass(frozen=True)
-class _Routing:
-    """Slot and scale of each group of `rows_each` neighbouring rows."""
-
-    slots: tuple[int, ...]
-    scales: tuple[float, ...]
-    rows_each: int
-
-    def grouped(self) -> _Routing:
-        """Neighbours of one slot merged, where every slot is one run and all runs are as long."""
-        runs: list[list[float]] = []
-        for slot, scale in zip(self.slots, self.scales, strict=True):
-            if runs and runs[-1][:2] == [slot, scale]:
-                runs[-1][2] += 1
-            else:
-                runs.append([slot, scale, 1])
-        slots, scales = tuple(int(run[0]) for run in runs), tuple(run[1] for run in runs)
-        if len(set(slots)) < len(slots) or len({run[2] for run in runs}) > 1:
-            return self
-        return _Routing(slots, scales, self.rows_each * int(runs[0][2]))
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """For each site, A [K, R taps, I] and scaled B [K, O, R], in the dtype of the call."""
-
-    num_groups: int
-    rows_each: int
-    pairs: list[tuple[Tensor, Tensor]]
-
-    def check(self, x: Tensor) -> None:
-        rows = self.num_groups * self.rows_each
-        if x.shape[0] != rows:
-            raise ValueError(f"the bank was routed for {rows} rows; the denoiser got {x.shape[0]}")
-
-    def per_row(self, weight_K: Tensor) -> Tensor:
-        """[B, ...]: each group's weight for each of its rows."""
-        return weight_K if self.rows_each == 1 else weight_K.repeat_interleave(self.rows_each, 0)
-
-
-def _down_conv(site: Site, x_BCHW: Tensor, down_BXC: Tensor) -> Tensor:
-    """h = A * x with the site's kernel, stride and padding, each row its own A; [B, R, L'].
-
-    X = R h w taps, the kernel flipped: tap (i, j) of pixel (y, x) lands on (y - i + p, x - j + p).
-    """
-    z_BXL = torch.bmm(down_BXC, x_BCHW.flatten(2))
-    (kernel_h, kernel_w), (pad_h, pad_w) = site.kernel, site.padding
-    if site.kernel == (1, 1) and site.stride == (1, 1) and site.padding == (0, 0):
-        return z_BXL
-    size = (
-        x_BCHW.shape[2] + 2 * pad_h - kernel_h + 1,
-        x_BCHW.shape[3] + 2 * pad_w - kernel_w + 1,
-    )
-    h_BRHW = F.fold(z_BXL, size, site.kernel, padding=(kernel_h - 1 - pad_h, kernel_w - 1 - pad_w))
-    return h_BRHW[:, :, :: site.stride[0], :: site.stride[1]].flatten(2)
 
 
 def _taps_first(site: Site, down: Tensor) -> Tensor:

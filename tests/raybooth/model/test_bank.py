@@ -254,8 +254,8 @@ def test_checkpointing_and_autocast(unet_folder: Path, kind: str) -> None:
     else:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = _call(unet, inputs)
-            assert bank._stack is not None
-            assert bank._stack.pairs[0][0].dtype == torch.bfloat16
+            assert bank.parts["unet"]._stack is not None
+            assert bank.parts["unet"]._stack.pairs[0][0].dtype == torch.bfloat16
         out.float().square().sum().backward()
         bound = 0.1
     assert bank.flat_SP.grad is not None

@@ -135,7 +135,8 @@ def test_peft_keys_and_alpha_are_read() -> None:
         (["unet.attn.to_q.lora.down.weight"], "half of a LoRA pair"),
         (["unet.attn.to_q.alpha"], "half of a LoRA pair"),
         (["unet.attn.to_q.weight"], "not a LoRA of the denoiser"),
-        (["text_encoder.a.q_proj.lora_A.weight"], "moves the text encoder"),
+        (["text_encoder.a.q_proj.lora_A.weight"], "half of a LoRA pair"),
+        (["text_encoder.a.q_proj.weight"], "not a LoRA of the denoiser or a text encoder"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path: Path, keys: list[str], message: str) -> None:
