@@ -25,6 +25,7 @@ from raybooth.config import (
     problems_of,
 )
 from raybooth.errors import InputError, InputProblems, SubjectError
+from raybooth.sidecar import caption_file, is_mask, mask_file, read_caption
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _NOT_THE_RESULT = {"pack", "resources", "checkpoint", "gradient_checkpointing"}
@@ -59,11 +60,27 @@ class Subject:
     def sample_prompts(self) -> tuple[str, ...]:
         return tuple(self._fill(prompt) for prompt in self.train.samples.prompts)
 
+    def caption(self, image: Path) -> str:
+        """The words of one photo: its own caption's, or the instance prompt.
+
+        Raises SubjectError when there is a caption that cannot be used.
+        """
+        template = read_caption(image) if self.train.photos.captions else None
+        return self.instance_prompt if template is None else self._fill(template)
+
+    def sidecar_digests(self) -> tuple[str, ...]:
+        """sha256 of each photo's caption, then of each one's mask; "" where none is read."""
+        photos = self.train.photos
+        files = [caption_file(image) for image in self.images] if photos.captions else []
+        files += [mask_file(image) for image in self.images] if photos.masks else []
+        return tuple(photo_digest(file) if file.exists() else "" for file in files)
+
     def _fill(self, template: str) -> str:
         return template.format(identifier=self.identifier, class_noun=self.class_noun)
 
     def digest(self, base_fingerprint: str) -> str:
-        """sha256 of all that decides the result: photos, words, config, base; names a job.
+        """sha256 of all that decides the result: photos and what lies beside them, words, config,
+        base; names a job.
 
         How the work is spread (packs, resources, memory, checkpoint rhythm) is not part of it.
         """
@@ -74,6 +91,7 @@ class Subject:
             "class_noun": self.class_noun,
             "identifier": self.identifier,
             "photos": [photo_digest(path) for path in self.images],
+            "sidecars": self.sidecar_digests(),
             "train": config,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -269,4 +287,5 @@ def _photos(subject: SubjectConfig, folder: Path, problems: list[InputError]) ->
 
 def _is_photo(entry: Path) -> bool:
     hidden = entry.name.startswith(".")
-    return entry.is_file() and not hidden and entry.suffix.lower() not in SIDECAR_SUFFIXES
+    beside = entry.suffix.lower() in SIDECAR_SUFFIXES or is_mask(entry)
+    return entry.is_file() and not hidden and not beside

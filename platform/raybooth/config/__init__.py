@@ -10,6 +10,7 @@ from raybooth.config.full import FullConfig as FullConfig
 from raybooth.config.objective import ObjectiveConfig as ObjectiveConfig
 from raybooth.config.objective import PriorConfig as PriorConfig
 from raybooth.config.optimizer import OptimizerConfig as OptimizerConfig
+from raybooth.config.photos import PhotosConfig as PhotosConfig
 from raybooth.config.serve import EngineConfig as EngineConfig
 from raybooth.config.serve import LimitsConfig as LimitsConfig
 from raybooth.config.serve import SamplingDefaults as SamplingDefaults
@@ -19,6 +20,7 @@ from raybooth.config.train import PackConfig as PackConfig
 from raybooth.config.train import ResourcesConfig as ResourcesConfig
 from raybooth.config.train import SamplesConfig as SamplesConfig
 from raybooth.config.train import TrainConfig as TrainConfig
+from raybooth.config.validation import ValidationConfig as ValidationConfig
 from raybooth.config.words import Precision as Precision
 from raybooth.config.words import Solver as Solver
 from raybooth.config.words import SubjectId as SubjectId

@@ -10,6 +10,8 @@ from raybooth.config.adapter import AdapterConfig
 from raybooth.config.full import FullConfig
 from raybooth.config.objective import ObjectiveConfig, PriorConfig
 from raybooth.config.optimizer import OptimizerConfig
+from raybooth.config.photos import PhotosConfig
+from raybooth.config.validation import ValidationConfig
 from raybooth.config.words import Precision, Solver, check_template
 from raybooth.reading import Strict
 
@@ -66,6 +68,7 @@ class TrainConfig(Strict):
     crops_per_image: int = Field(1, ge=1, le=64)
     """Seeded crops cached of each photo; more than one needs `crop: random`."""
 
+    photos: PhotosConfig = PhotosConfig()
     min_images: int = Field(3, ge=1)
     num_train_steps: int = Field(800, ge=1)
     batch_size: int = Field(1, ge=1, le=64)
@@ -87,6 +90,7 @@ class TrainConfig(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     prior: PriorConfig = PriorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
     pack: PackConfig = PackConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -106,6 +110,13 @@ class TrainConfig(Strict):
                 "method: full needs optimizer.learning_rate (the default suits adapters; 5e-6 is "
                 "usual for every weight)"
             )
+        if self.prior.kind == "base_prediction":
+            raise ValueError(
+                "prior.kind: base_prediction needs method: lora: full training changes the base "
+                "that would be the teacher; use images"
+            )
+        if self.validation.enabled:
+            raise ValueError("validation needs method: lora; remove it")
         if self.precision == "fp16":
             raise ValueError("method: full trains in fp32 or bf16, not fp16; set precision")
         rows, shares = self.num_rows, self.full.num_workers * self.full.gradient_accumulation

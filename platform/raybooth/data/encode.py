@@ -1,6 +1,7 @@
-"""Photos and prompt of a subject as tensors, cached on disk by content.
+"""Photos, captions and masks of a subject as tensors, cached on disk by content.
 
-N photos times crops, B rows, C H W channels, height, width.
+N samples (photos times flips times crops), M different prompts, B rows, C H W channels, height,
+width; latents of different sizes are padded with zeros at the bottom and the right.
 """
 
 from __future__ import annotations
@@ -8,15 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raybooth.data.images import load_photo, photo_digest, to_pixels
+from raybooth.data.framing import (
+    Size,
+    bucket_sizes,
+    mask_of,
+    nearest_size,
+    pixels_of,
+    plan_frame,
+)
+from raybooth.data.images import load_mask, load_photo, photo_digest
 from raybooth.data.prior import PriorCache, PriorTensors
 from raybooth.data.prior_key import prior_key
 from raybooth.data.whole_file import read_checked, seal, sha256_hex, unseal, way_out, write_whole
-from raybooth.errors import PriorError, TrainingError
+from raybooth.errors import PriorError, SubjectError, TrainingError
+from raybooth.sidecar import mask_file
 from raybooth.subject import Subject
 
 if TYPE_CHECKING:
@@ -26,9 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when photos become latents in another way, so that no old file is taken for a new one."""
-PROMPT_PREFIX = "prompt."
+PROMPT, CLASS_PROMPT, SIZE = "prompt.", "class prompt.", "size."
+"""What the names of a file's conditioning begin with."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,24 @@ class SubjectTensors:
 
     mean_NCHW: Tensor
     std_NCHW: Tensor
-    """VAE posterior, not multiplied by the scaling factor; crops of one photo lie together."""
+    """VAE posterior, not multiplied by the scaling factor; samples of one photo lie together."""
     instance_conditioning: dict[str, Tensor]
-    """Of the instance prompt, leading dimension 1."""
+    """Of the instance prompt or, with captions, of every different one: leading dimension M."""
     prior: PriorTensors | None
     photo_digests: tuple[str, ...]
+    prompt_N: tuple[int, ...] = ()
+    """Each sample's place in M; empty when all have the first."""
+    size_N: tuple[Size, ...] = ()
+    """Each sample's latent (height, width); empty when all fill their tensors."""
+    size_conditioning: dict[str, Tensor] = field(default_factory=dict)
+    """Leading dimension N; empty where the family has none."""
+    mask_NHW: Tensor | None = None
+    """Share of the subject in each latent pixel, [0, 1]."""
+    class_conditioning: dict[str, Tensor] = field(default_factory=dict)
+    """Of the class prompt, leading dimension 1; read by prior.kind: base_prediction alone."""
+    prompts: tuple[str, ...] = ()
+    """The M prompts in words."""
+    sidecar_digests: tuple[str, ...] = ()
 
 
 def encode_subject(
@@ -49,10 +74,10 @@ def encode_subject(
 ) -> SubjectTensors:
     """The subject's posterior latents and embedding, from `cache_root` when they are there.
 
-    Keyed by all that decides them: base, dtype, kind of device, the photos' bytes in order,
-    resolution, crop and prompt. `priors` must hold the subject's prior (make it first) when the
-    subject has one. Raises SubjectError for a photo, PriorError for the prior, TrainingError when
-    the cache cannot be written.
+    Keyed by all that decides them: base, dtype, kind of device, the photos' and masks' bytes in
+    order, their captions, shapes, crops and flips. `priors` must hold the subject's prior (make it
+    first) when the subject has one. Raises SubjectError for a photo or what lies beside it,
+    PriorError for the prior, TrainingError when the cache cannot be written.
     """
     photo_digests = tuple(photo_digest(path) for path in subject.images)
     digest = _digest(base, subject, photo_digests)
@@ -64,17 +89,40 @@ def encode_subject(
     except OSError as error:
         what = f"the photos of subject {subject.subject_id!r} cannot be kept in {cache_root}"
         raise TrainingError(what, error.strerror or str(error), way_out(error)) from error
+    sizes = tensors["sizes"].tolist()
     return SubjectTensors(
         mean_NCHW=tensors["mean"],
         std_NCHW=tensors["std"],
-        instance_conditioning={
-            name.removeprefix(PROMPT_PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(PROMPT_PREFIX)
-        },
+        instance_conditioning=_part(tensors, PROMPT),
         prior=_load_prior(base, subject, priors),
         photo_digests=photo_digests,
+        prompt_N=tuple(tensors["prompts"].tolist()),
+        size_N=tuple((height, width) for height, width in sizes),
+        size_conditioning=_part(tensors, SIZE),
+        mask_NHW=tensors.get("mask"),
+        class_conditioning=_part(tensors, CLASS_PROMPT),
+        prompts=_prompts(subject),
+        sidecar_digests=subject.sidecar_digests(),
     )
+
+
+def buckets(subject: Subject, step: int) -> tuple[Size, ...]:
+    """Sizes that the subject's photos are cropped to; `step` divides every side."""
+    side = subject.train.resolution
+    return ((side, side),) if subject.train.photos.fit == "square" else bucket_sizes(side, step)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _prompts(subject: Subject) -> tuple[str, ...]:
+    """The different prompts of the photos, in their order."""
+    return tuple(dict.fromkeys(subject.caption(image) for image in subject.images))
 
 
 def _digest(base: Base, subject: Subject, photo_digests: tuple[str, ...]) -> str:
@@ -85,8 +133,13 @@ def _digest(base: Base, subject: Subject, photo_digests: tuple[str, ...]) -> str
         "dtype": str(base.dtype),
         "device": base.device.type,
         "photos": photo_digests,
-        "prompt": subject.instance_prompt,
+        "prompts": [subject.caption(image) for image in subject.images],
+        "class_prompt": _class_prompt(subject),
         "resolution": train.resolution,
+        "fit": train.photos.fit,
+        "flip": train.photos.flip,
+        "masks": subject.sidecar_digests() if train.photos.masks else None,
+        "only_subject": train.photos.masks and train.photos.background_weight == 0,
         "crop": train.crop,
         "crops_per_image": train.crops_per_image,
         "seed": subject.seed if train.crop == "random" else None,
@@ -94,25 +147,93 @@ def _digest(base: Base, subject: Subject, photo_digests: tuple[str, ...]) -> str
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _class_prompt(subject: Subject) -> str | None:
+    """None unless the base itself is asked what it predicts for it."""
+    return subject.class_prompt if subject.train.prior.kind == "base_prediction" else None
+
+
 def _encode(base: Base, subject: Subject, photo_digests: tuple[str, ...]) -> dict[str, Tensor]:
     import torch
 
-    from raybooth.model.base import encode_images, encode_prompts
+    from raybooth.model.base import encode_prompts
 
-    train = subject.train
-    means, stds = [], []
-    for path, digest in zip(subject.images, photo_digests, strict=True):
-        photo = load_photo(path)
+    samples = [
+        sample
+        for path, digest in zip(subject.images, photo_digests, strict=True)
+        for sample in _encode_photo(base, subject, path, digest)
+    ]
+    prompts = _prompts(subject)
+    tensors = {
+        "mean": _padded([sample.mean_CHW for sample in samples]),
+        "std": _padded([sample.std_CHW for sample in samples]),
+        "sizes": torch.tensor([sample.mean_CHW.shape[1:] for sample in samples]),
+        "prompts": torch.tensor([prompts.index(sample.prompt) for sample in samples]),
+    }
+    if subject.train.photos.masks:
+        tensors["mask"] = _padded([sample.mask_HW for sample in samples])
+    for name in samples[0].size_conditioning:
+        rows = [sample.size_conditioning[name] for sample in samples]
+        tensors[SIZE + name] = torch.cat(rows).float().cpu()
+    for name, tensor in encode_prompts(base, prompts).items():
+        tensors[PROMPT + name] = tensor.float().cpu()
+    class_prompt = _class_prompt(subject)
+    if class_prompt is not None:
+        for name, tensor in encode_prompts(base, [class_prompt]).items():
+            tensors[CLASS_PROMPT + name] = tensor.float().cpu()
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One crop of one photo, mirrored or not."""
+
+    mean_CHW: Tensor
+    std_CHW: Tensor
+    mask_HW: Tensor
+    size_conditioning: dict[str, Tensor]
+    prompt: str
+
+
+def _encode_photo(base: Base, subject: Subject, path: Path, digest: str) -> Iterator[_Sample]:
+    import torch
+
+    from raybooth.model.base import encode_images
+
+    train, factor = subject.train, base.vae_scale_factor
+    photo = load_photo(path)
+    masked = train.photos.masks and mask_file(path).exists()
+    mask = load_mask(mask_file(path), photo) if masked else None
+    original = (photo.height, photo.width)
+    size = nearest_size(original, buckets(subject, base.least_side))
+    for flip in (False, True) if train.photos.flip else (False,):
         for crop in range(train.crops_per_image):
             seed = _crop_seed(subject.seed, digest, crop)
-            pixels_BCHW = to_pixels(photo, train.resolution, train.crop, seed)[None]
-            mean_BCHW, std_BCHW = encode_images(base, pixels_BCHW)
-            means.append(mean_BCHW.cpu())
-            stds.append(std_BCHW.cpu())
-    tensors = {"mean": torch.cat(means), "std": torch.cat(stds)}
-    for name, tensor in encode_prompts(base, [subject.instance_prompt]).items():
-        tensors[PROMPT_PREFIX + name] = tensor.float().cpu()
-    return tensors
+            frame = plan_frame(original, size, train.crop, seed, flip=flip)
+            mean_BCHW, std_BCHW = encode_images(base, pixels_of(photo, frame)[None])
+            mask_HW = torch.ones(mean_BCHW.shape[2:])
+            if mask is not None:
+                mask_HW = mask_of(mask, frame, factor)
+                if train.photos.background_weight == 0 and not mask_HW.any():
+                    do = "use crop: center, or a background_weight above 0"
+                    what = f"a crop of {path} shows nothing of its mask"
+                    raise SubjectError(what, f"{train.crop} crop number {crop}", do)
+            yield _Sample(
+                mean_BCHW[0].cpu(),
+                std_BCHW[0].cpu(),
+                mask_HW,
+                base.family.size_conditioning(original, frame.top_left, size),
+                subject.caption(path),
+            )
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    """[N, ...], the last two dimensions padded with zeros to the largest."""
+    height = max(tensor.shape[-2] for tensor in tensors)
+    width = max(tensor.shape[-1] for tensor in tensors)
+    padded = tensors[0].new_zeros((len(tensors), *tensors[0].shape[:-2], height, width))
+    for place, tensor in enumerate(tensors):
+        padded[place, ..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
+    return padded
 
 
 def _crop_seed(seed: int, digest: str, crop: int) -> int:

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from raybooth.data.framing import Size, nearest_size, pixels_of, plan_frame
 from raybooth.errors import SubjectError
+from raybooth.sidecar import mask_file
 from raybooth.subject import photo_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_photos", "load_photo", "photo_digest", "pixel_digest", "to_pixels"]
+__all__ = ["check_photos", "load_mask", "load_photo", "photo_digest", "pixel_digest", "to_pixels"]
 
 MAX_PIXELS = 80_000_000
 """A photo with more is refused before it is decoded (below PIL's own alarm at 89 million)."""
@@ -47,11 +49,18 @@ _DECODE_ERRORS = (
 
 
 def check_photos(
-    paths: Sequence[Path], *, resolution: int, min_images: int, subject_id: str
+    paths: Sequence[Path],
+    *,
+    resolution: int,
+    min_images: int,
+    subject_id: str,
+    sizes: Sequence[Size] = (),
+    masks: bool = False,
 ) -> list[SubjectError]:
     """Everything wrong with a subject's photos, each naming its file; an empty list is good.
 
-    Every photo is really decoded. A duplicate does not count towards `min_images`.
+    `sizes` are the buckets that photos go into (none: the square of `resolution`). Every photo
+    is really decoded, with `masks` its mask too. A duplicate does not count towards `min_images`.
     """
     problems: list[SubjectError] = []
     first_of: dict[str, Path] = {}
@@ -72,7 +81,13 @@ def check_photos(
             problems.append(SubjectError(what, found, "remove one of them"))
             continue
         first_of[digest] = path
-        problems.extend(_size_problems(image, path, resolution, subject_id))
+        problems.extend(_size_problems(image, path, resolution, sizes, subject_id))
+        if masks and mask_file(path).exists():
+            try:
+                load_mask(mask_file(path), image)
+            except SubjectError as error:
+                what = f"{_whose(subject_id)}{error.what}"
+                problems.append(SubjectError(what, error.found, error.do))
     num_photos = len(paths) - num_duplicates
     if not paths:
         what, do = f"{_whose(subject_id)}there are no photos", f"give at least {min_images}"
@@ -124,24 +139,25 @@ def to_pixels(
     Sizes, offsets and arithmetic are those of diffusers' LoRA script (torchvision's Resize,
     CenterCrop, ToTensor, Normalize(0.5)); `seed` decides the place of a random crop alone.
     """
-    import torch
+    size = (resolution, resolution)
+    return pixels_of(image, plan_frame((image.height, image.width), size, crop, seed))
 
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if short != resolution:
-        longer = int(resolution * long / short)
-        size = (resolution, longer) if width <= height else (longer, resolution)
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        width, height = size
-    if crop == "center":
-        top, left = round((height - resolution) / 2.0), round((width - resolution) / 2.0)
-    else:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        top = int(torch.randint(0, height - resolution + 1, (1,), generator=generator))
-        left = int(torch.randint(0, width - resolution + 1, (1,), generator=generator))
-    image = image.crop((left, top, left + resolution, top + resolution)).convert("RGB")
-    pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels_HWC.permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
+
+def load_mask(path: Path, photo: Image.Image) -> Image.Image:
+    """The mask as 8-bit grey, upright: white where the subject is.
+
+    Raises SubjectError, naming the file, when it is no picture, of another size than the upright
+    photo, or black all over.
+    """
+    mask = load_photo(path).convert("L")
+    if mask.size != photo.size:
+        found = f"{mask.width}x{mask.height}, the photo {photo.width}x{photo.height}"
+        do = "draw it on the photo, upright, without resizing"
+        raise SubjectError(f"the mask {path} has another size than its photo", found, do)
+    if mask.getextrema() == (0, 0):
+        do = "paint the subject white, or remove the file"
+        raise SubjectError(f"the mask {path} shows no subject", "black all over", do)
+    return mask
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -165,7 +181,7 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _size_problems(
-    image: Image.Image, path: Path, resolution: int, subject_id: str
+    image: Image.Image, path: Path, resolution: int, sizes: Sequence[Size], subject_id: str
 ) -> list[SubjectError]:
     problems: list[SubjectError] = []
     short, long = min(image.size), max(image.size)
@@ -174,8 +190,12 @@ def _size_problems(
         what = f"{_whose(subject_id)}{path} is too long and thin"
         do = f"crop it to at most {MAX_ASPECT:g}:1"
         problems.append(SubjectError(what, found, do))
-    if short < resolution:
-        what = f"{_whose(subject_id)}{path} is too small for resolution {resolution}"
+    size = (resolution, resolution)
+    if sizes:
+        size = nearest_size((image.height, image.width), sizes)
+    if image.height < size[0] or image.width < size[1]:
+        wanted = f"resolution {resolution}" if not sizes else f"its bucket {size[1]}x{size[0]}"
+        what = f"{_whose(subject_id)}{path} is too small for {wanted}"
         do = "give a larger photo (it is never enlarged), or lower the resolution"
         problems.append(SubjectError(what, found, do))
     return problems
