@@ -1,14 +1,28 @@
-"""A whole base in Stable Diffusion's layout, of random weights: small enough for every test."""
+"""Whole bases in the layouts of Stable Diffusion and SDXL: random weights, small enough to test."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WORDS = (
     *("a", "photo", "of", "the", "on", "in", "dog", "cat", "robot", "vase"),
@@ -30,7 +44,7 @@ def write_tiny_base(
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
             vae=_vae(),
-            text_encoder=_text_encoder(tokenizer),
+            text_encoder=CLIPTextModel(_text_config(tokenizer)),
             tokenizer=tokenizer,
             unet=_unet(),
             scheduler=_scheduler(prediction_type, zero_snr),
@@ -39,13 +53,46 @@ def write_tiny_base(
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for file in (folder / "tokenizer_source").iterdir():
-        file.unlink()
-    (folder / "tokenizer_source").rmdir()
+    shutil.rmtree(folder / "tokenizer_source")
     return folder
 
 
-def write_tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tiny_sdxl(folder: Path, *, force_zeros: bool = True, seed: int = 0) -> Path:
+    """As `write_tiny_base`, with SDXL's two text encoders and sizes."""
+    folder = Path(folder)
+    sources = {"tokenizer_source": "<|endoftext|>", "tokenizer_2_source": "!"}
+    first, second = (write_tiny_tokenizer(folder / name, pad) for name, pad in sources.items())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(scaling_factor=0.13025, force_upcast=True),
+            text_encoder=CLIPTextModel(_text_config(first)),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(second, 48, 24, "gelu")),
+            tokenizer=first,
+            tokenizer_2=second,
+            unet=_unet(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+                cross_attention_dim=32 + 48,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 24,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            ),
+            force_zeros_for_empty_prompt=force_zeros,
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for name in sources:
+        shutil.rmtree(folder / name)
+    return folder
+
+
+def write_tiny_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's byte-level tokenizer with 77 positions that knows WORDS as single tokens."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -68,31 +115,32 @@ def write_tiny_tokenizer(folder: Path) -> CLIPTokenizer:
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad_token,
     }
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _unet() -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    values: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**{**values, **changes})
     for name, weight in unet.named_parameters():
         if name.endswith("to_out.0.weight"):
             weight.data.mul_(6.0)  # a random text encoder moves a random UNet too little to see
     return unet
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**changes: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -100,23 +148,28 @@ def _vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=RESOLUTION,
+        **changes,
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=32,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def _text_config(
+    tokenizer: CLIPTokenizer,
+    hidden_size: int = 32,
+    projection_dim: int = 32,
+    hidden_act: str = "quick_gelu",
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=projection_dim,
+        hidden_act=hidden_act,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

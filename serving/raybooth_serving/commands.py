@@ -66,7 +66,7 @@ def _base_folder(base: str, revision: str | None) -> Path:
     folder = Path(base).expanduser().resolve()
     if folder.is_dir() and revision is None:
         return folder
-    from raybooth.model.base import resolve_base
+    from raybooth.model.source import resolve_base
 
     return resolve_base(base, revision)
 

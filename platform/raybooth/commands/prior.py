@@ -170,7 +170,8 @@ def _keys(
 
 
 def _fingerprint(base: str, revision: str | None) -> str:
-    from raybooth.model.base import fingerprint_base, resolve_base
+    from raybooth.model.fingerprint import fingerprint_base
+    from raybooth.model.source import resolve_base
 
     return fingerprint_base(resolve_base(base, revision))
 

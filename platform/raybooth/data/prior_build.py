@@ -44,6 +44,8 @@ def sample_prior(
 
     _check_made_by(base, key)
     prompt = encode_prompts(base, [key.class_prompt])
+    size = (key.resolution, key.resolution)
+    prompt.update(base.family.size_conditioning(size, (0, 0), size))
     yield GeneratedPrompt.of({name: tensor.float() for name, tensor in prompt.items()})
     for start in range(0, len(indices), max_rows):
         chunk = indices[start : start + max_rows]
@@ -69,7 +71,7 @@ def sample_prior(
 
 def _check_made_by(base: Base, key: PriorKey) -> None:
     """A prior must be what its key says, or another subject would trust it."""
-    from raybooth.model.sampler import GENERATOR_VERSION
+    from raybooth.model.generation import GENERATOR_VERSION
 
     dtype = str(base.dtype).removeprefix("torch.")
     for name, wanted, found in (

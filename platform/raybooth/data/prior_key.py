@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from raybooth.config import Precision, TrainConfig
+from raybooth.model.generation import GENERATOR_VERSION
 
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Number format in which the base makes the prior of a subject trained in a precision."""
@@ -46,8 +47,6 @@ def prior_key(train: TrainConfig, class_prompt: str, base_fingerprint: str) -> P
 
     `class_prompt` is the subject's own (`subject.class_prompt`, words filled in).
     """
-    from raybooth.model.sampler import GENERATOR_VERSION
-
     prior = train.prior
     return PriorKey(
         base_fingerprint=base_fingerprint,

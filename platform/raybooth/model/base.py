@@ -5,7 +5,6 @@ Shapes: B rows or images, C channels, H W size, N prompts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from raybooth.config import BaseConfig, configs_folder, load_config
 from raybooth.errors import BaseModelError
-from raybooth.model.families import Conditioning, Family, find_family
-from raybooth.model.fingerprint import WEIGHTS, fingerprint_base, read_json, weight_files
+from raybooth.model import tokens
+from raybooth.model.families import Conditioning, Family, family_of
+from raybooth.model.files import WEIGHTS, weight_files
+from raybooth.model.fingerprint import fingerprint_base
+from raybooth.model.source import resolve_base
+from raybooth.model.tokens import load_tokenizer
 
 __all__ = [
     "Base",
@@ -34,12 +36,6 @@ __all__ = [
     "resolve_base",
     "token_split",
 ]
-
-_SHORT_NAME = re.compile(r"[\w-]+")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_FILES = ("*.json", "tokenizer/*.txt", *(f"{p}/{s}*.safetensors" for p, s in WEIGHTS.items()))
-_HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*", "feature_extractor/*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +55,9 @@ class Base:
     """By folder, in the order of the text encoders: `tokenizer`, `tokenizer_2`."""
 
     scheduler_config: dict[str, Any]
+    negative_is_zeros: bool
+    """Whether no negative prompt means zeros for conditioning, not that of the empty prompt."""
+
     device: torch.device
     dtype: torch.dtype
 
@@ -88,6 +87,11 @@ class Base:
         return 1 << (len(_config(self.vae).block_out_channels) - 1)
 
     @property
+    def least_side(self) -> int:
+        """Pixels of one latent pixel at the bottom of the denoiser."""
+        return self.vae_scale_factor << (len(_config(self.denoiser).block_out_channels) - 1)
+
+    @property
     def native_resolution(self) -> int:
         """Pixels of a side that the denoiser was trained at."""
         size = _config(self.denoiser).sample_size
@@ -104,42 +108,6 @@ class Base:
         return int(self.scheduler_config.get("num_train_timesteps", 1000))
 
 
-def resolve_base(source: str, revision: str | None = None) -> Path:
-    """The folder that `source` means: `pocket`, a folder, a file of configs/base, or a Hub id.
-
-    Raises BaseModelError when there is no such folder, the revision is not a 40-digit commit, or
-    the Hub cannot give it. Never fetches pickles.
-    """
-    if source == "pocket":
-        from raybooth import pocket
-
-        folder = pocket.path()
-    else:
-        folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            do = "remove it; a folder is known by its fingerprint"
-            raise BaseModelError("a revision has no effect on a folder", revision, do)
-        return folder.resolve()
-    named = configs_folder() / "base" / f"{source}.yaml"
-    if _SHORT_NAME.fullmatch(source) and source != "pocket" and named.is_file():
-        config = load_config(BaseConfig, named)
-        if revision is not None:
-            do = f"remove it; {named.name} pins one"
-            raise BaseModelError(f"a revision has no effect on {source!r}", revision, do)
-        return resolve_base(config.base, config.revision)
-    if source == "pocket" or not _HUB_ID.fullmatch(source):
-        do = "give `pocket`, a name of configs/base, a folder in diffusers' layout, or a Hub id"
-        raise BaseModelError(f"no base is called {source!r}", f"no folder {folder}", do)
-    if revision is None or not _COMMIT.fullmatch(revision):
-        raise BaseModelError(
-            f"the Hub id {source} must be pinned to a commit",
-            f"revision {revision!r}",
-            "give the 40 hexadecimal digits of a commit as `revision`",
-        )
-    return _fetch(source, revision)
-
-
 def load_base(
     source: str,
     *,
@@ -154,7 +122,7 @@ def load_base(
     """
     folder = resolve_base(source, revision)
     device = torch.device(device)
-    family = _family(folder)
+    family = family_of(folder)
     for part in family.weight_folders:
         weight_files(folder / part, WEIGHTS[part])
     scheduler_config = family.read_scheduler_config(folder)
@@ -178,34 +146,20 @@ def load_base(
         text_encoders={key: _frozen(part, device) for key, part in text_encoders.items()},
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
+        negative_is_zeros=family.negative_is_zeros(folder),
         device=device,
         dtype=dtype,
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The first tokenizer of the base in `folder`, without loading weights."""
-    return next(iter(_family(folder).load_tokenizers(folder).values()))
-
-
 def token_split(base_or_tokenizer: Any, text: str) -> list[str]:
     """The tokens that `text` becomes, as people read them: `["z", "e", "b", "r", "a"]`."""
-    tokenizer = base_or_tokenizer
-    if isinstance(tokenizer, Base):
-        tokenizer = tokenizer.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    words = [tokenizer.convert_tokens_to_string([piece]) for piece in pieces]
-    return [word.strip().removesuffix("</w>") for word in words]
+    return tokens.token_split(_tokenizer(base_or_tokenizer), text)
 
 
 def cut_tokens(base_or_tokenizer: Any, prompt: str) -> list[str]:
     """The tokens at the end of `prompt` that do not fit and would be cut; empty when all fit."""
-    tokenizer = base_or_tokenizer
-    if isinstance(tokenizer, Base):
-        tokenizer = tokenizer.tokenizer
-    room = int(tokenizer.model_max_length) - 2  # start and end of text
-    return token_split(tokenizer, prompt)[room:]
+    return tokens.cut_tokens(_tokenizer(base_or_tokenizer), prompt)
 
 
 @torch.no_grad()
@@ -253,33 +207,8 @@ def predict(
     return base.family.predict(base.denoiser, latents_BCHW, timesteps_B, conditioning)
 
 
-def _family(folder: Path) -> Family:
-    if not (folder / "model_index.json").is_file():
-        raise BaseModelError(
-            f"{folder} is not a base in diffusers' layout",
-            "no model_index.json",
-            "give the folder that `save_pretrained` of a StableDiffusionPipeline wrote",
-        )
-    return find_family(str(read_json(folder / "model_index.json").get("_class_name", "")))
-
-
-def _fetch(source: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=list(_HUB_VARIANTS),
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        found = " ".join(str(error).split())[:300]
-        do = "check the id, the commit, your token and the network, or give a local folder"
-        raise BaseModelError(f"the Hub did not give {source}@{revision}", found, do) from error
+def _tokenizer(base_or_tokenizer: Any) -> Any:
+    return base_or_tokenizer.tokenizer if isinstance(base_or_tokenizer, Base) else base_or_tokenizer
 
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:

@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.errors import BaseModelError
+from raybooth.model.families import family_of
+from raybooth.model.files import WEIGHTS, read_json, weight_files
 
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-"""Subfolder and stem of each weight file."""
-
-_CONFIGS = (
-    *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
-    *("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"),
-)
 _VOCABULARIES = ("vocab.json", "merges.txt")
 _VOLATILE = ("transformers_version", "torch_dtype", "dtype", "architectures", "name_or_path")
 _CHUNK_BYTES = 1 << 22
-_DO = "get a whole copy in diffusers' layout, with safetensors"
 _known: dict[Path, tuple[tuple[tuple[str, int, int], ...], str]] = {}
 
 
@@ -36,70 +26,46 @@ def fingerprint_base(folder: Path) -> str:
     Raises BaseModelError when a file is missing or damaged.
     """
     folder = Path(folder).resolve()
-    stamp = _stamp(folder)
+    family = family_of(folder)
+    weights, tokenizers = family.weight_folders, family.tokenizer_folders
+    stamp = _stamp(folder, (*weights, "scheduler", *tokenizers))
     if folder in _known and _known[folder][0] == stamp:
         return _known[folder][1]
     digest = hashlib.sha256(b"raybooth base 1")
-    for name in _CONFIGS:
+    if family.negative_is_zeros(folder):
+        digest.update(b"\0negative is zeros")
+    configs = [f"{part}/config.json" for part in weights]
+    configs += ["scheduler/scheduler_config.json"]
+    configs += [f"{part}/tokenizer_config.json" for part in tokenizers]
+    for name in configs:
         digest.update(f"\0{name}\0".encode())
         digest.update(json.dumps(_lasting(read_json(folder / name)), sort_keys=True).encode())
-    for part in _vocabulary(folder / "tokenizer"):
-        digest.update(b"\0" + part)
-    for part_name, stem in WEIGHTS.items():
-        for key, label, chunks in sorted(_tensors(folder / part_name, stem), key=lambda t: t[0]):
-            digest.update(f"\0{part_name}\0{key}\0{label}\0".encode())
+    for tokenizer in tokenizers:
+        for words in _vocabulary(folder / tokenizer):
+            digest.update(b"\0" + words)
+    for part in weights:
+        for key, label, chunks in sorted(_tensors(folder / part, WEIGHTS[part]), key=_first):
+            digest.update(f"\0{part}\0{key}\0{label}\0".encode())
             for chunk in chunks:
                 digest.update(chunk)
     _known[folder] = stamp, digest.hexdigest()
     return digest.hexdigest()
 
 
-def weight_files(part: Path, stem: str) -> list[Path]:
-    """The safetensors files of a component; BaseModelError when there is none, or only a pickle."""
-    index = part / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        return [part / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if (part / f"{stem}.safetensors").is_file():
-        return [part / f"{stem}.safetensors"]
-    pickles = [
-        f.name for f in sorted(part.glob("*")) if f.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    ]
-    if pickles:
-        raise BaseModelError(
-            f"the base keeps {part.name} as a pickle, which runs code when it is read",
-            pickles[0],
-            "get the safetensors version, or save it with `safe_serialization=True`",
-        )
-    raise BaseModelError(
-        f"the base lacks the weights of {part.name}",
-        f"no {part.name}/{stem}.safetensors",
-        _DO,
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a base; BaseModelError when it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise BaseModelError(
-            f"the base lacks {path.parent.name}/{path.name}", found, _DO
-        ) from error
-    except ValueError as error:
-        raise BaseModelError(f"{path} is not JSON", str(error), _DO) from error
-    if not isinstance(values, dict):
-        raise BaseModelError(f"{path} is not a JSON object", type(values).__name__, _DO)
-    return values
-
-
-def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def _stamp(folder: Path, parts: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
     stamps = []
-    for part in (*WEIGHTS, "scheduler", "tokenizer"):
-        for file in sorted((folder / part).glob("*")):
-            status = file.stat()
-            stamps.append((f"{part}/{file.name}", status.st_size, status.st_mtime_ns))
+    for file in (
+        folder / "model_index.json",
+        *(file for part in parts for file in sorted((folder / part).glob("*"))),
+    ):
+        status = file.stat()
+        name = file.relative_to(folder).as_posix()
+        stamps.append((name, status.st_size, status.st_mtime_ns))
     return tuple(stamps)
+
+
+def _first(tensor: tuple[str, str, Iterator[bytes]]) -> str:
+    return tensor[0]
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +79,7 @@ def _vocabulary(part: Path) -> Iterator[bytes]:
             yield file.read_bytes()
         except OSError as error:
             found = error.strerror or str(error)
-            raise BaseModelError(f"the base lacks tokenizer/{file.name}", found) from error
+            raise BaseModelError(f"the base lacks {part.name}/{file.name}", found) from error
 
 
 def _tensors(part: Path, stem: str) -> Iterator[tuple[str, str, Iterator[bytes]]]:
@@ -121,7 +87,7 @@ def _tensors(part: Path, stem: str) -> Iterator[tuple[str, str, Iterator[bytes]]
     for file in weight_files(part, stem):
         header, start = _header(file)
         for key, entry in header.items():
-            name = key.removeprefix("text_model.") if part.name == "text_encoder" else key
+            name = key.removeprefix("text_model.") if part.name.startswith("text_encoder") else key
             if key == "__metadata__" or name == "embeddings.position_ids":
                 continue
             begin, end = entry["data_offsets"]

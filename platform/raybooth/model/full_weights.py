@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raybooth.errors import BaseModelError, InputError
 from raybooth.model.base import Base
-from raybooth.model.fingerprint import WEIGHTS, read_json, weight_files
+from raybooth.model.files import WEIGHTS, read_json, weight_files
 
 DENOISER = "unet"
 _CLASSIC = "text_model."

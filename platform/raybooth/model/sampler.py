@@ -22,10 +22,18 @@ from torch import Tensor
 from raybooth.errors import RequestError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base, Conditioning, decode_latents, encode_prompts, predict
+from raybooth.model.generation import GENERATOR_VERSION
 from raybooth.model.solver import RowPlan, plan_rows
 
-GENERATOR_VERSION = 1
-"""Raised when the same request would give another image; part of the prior cache's key."""
+__all__ = [
+    "GENERATOR_VERSION",
+    "Row",
+    "SampleRequest",
+    "denoise_step",
+    "generate",
+    "row_image",
+    "start_row",
+]
 
 
 @dataclass(frozen=True)
@@ -94,13 +102,16 @@ def start_row(
     cond = cond or encode_prompts(base, [request.prompt])
     if request.guidance_scale <= 1.0:
         uncond = cond  # diffusers does not guide then; the row's place in the batch stays
+    elif base.negative_is_zeros and not request.negative_prompt:
+        uncond = {name: torch.zeros_like(tensor) for name, tensor in cond.items()}
+    sizes = base.family.size_conditioning((height, width), (0, 0), (height, width))
     return Row(
         request=request,
         plan=plan,
         latents_CHW=latents_CHW,
         x0_prev_CHW=torch.zeros_like(latents_CHW),
-        cond=_on(base, cond),
-        uncond=_on(base, uncond or encode_prompts(base, [request.negative_prompt])),
+        cond=_on(base, {**cond, **sizes}),
+        uncond=_on(base, {**(uncond or encode_prompts(base, [request.negative_prompt])), **sizes}),
         guidance=request.guidance_scale,
         slot=request.slot,
         adapter_scale=request.adapter_scale,

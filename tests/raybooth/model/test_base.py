@@ -239,8 +239,12 @@ def _unbounded(base: Path) -> None:
         (_garbled, "is not JSON"),
         (_unbounded, "how many tokens fit"),
         (
+            _set("model_index.json", _class_name="FluxPipeline"),
+            "this version trains Stable Diffusion 1.x and 2.x .* and Stable Diffusion XL",
+        ),
+        (
             _set("model_index.json", _class_name="StableDiffusionXLPipeline"),
-            "this version trains Stable Diffusion 1.x and 2.x",
+            "lacks the weights of text_encoder_2",
         ),
         (
             _set("scheduler/scheduler_config.json", prediction_type="flow"),

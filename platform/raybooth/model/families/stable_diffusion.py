@@ -7,110 +7,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from typing import TYPE_CHECKING, Any
 
 from raybooth.errors import BaseModelError
-from raybooth.model.fingerprint import WEIGHTS, read_json, weight_files
+from raybooth.model.families.clip import clip_tokens, load_clip, load_clip_tokenizer
+from raybooth.model.families.weights import load_diffusers
+from raybooth.model.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-_DO = "get a whole safetensors copy of the base"
+_MORE_THAN_TEXT = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
 
 class StableDiffusion:
     """The family of diffusers' StableDiffusionPipeline."""
 
     name = "stable-diffusion"
-    pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
+    title = "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)"
+    pipeline_class = "StableDiffusionPipeline"
     weight_folders: tuple[str, ...] = ("unet", "vae", "text_encoder")
+    tokenizer_folders: tuple[str, ...] = ("tokenizer",)
 
     def load_denoiser(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """`unet/`; refuses inpainting and other U-Nets that take more than latents."""
-        unet: nn.Module = _load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
-        config: Any = unet.config
-        if config.in_channels != config.out_channels or config.time_cond_proj_dim is not None:
-            found = f"{config.in_channels} channels in, {config.out_channels} out"
-            do = "use the plain text-to-image base"
-            raise BaseModelError("the base's U-Net takes more than latents and text", found, do)
-        return unet
+        """`unet/`; refuses inpainting and other U-Nets that take more than latents and text."""
+        unet = load_unet(folder, dtype)
+        for name in _MORE_THAN_TEXT:
+            if (kind := unet.config.get(name)) is not None:
+                refuse_unet("the base's U-Net takes more than latents and text", f"{name} {kind}")
+        denoiser: nn.Module = unet
+        return denoiser
 
     def load_vae(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`vae/`."""
-        vae: nn.Module = _load_diffusers(AutoencoderKL, folder, "vae", dtype)
-        return vae
+        from diffusers import AutoencoderKL
+
+        vae = load_diffusers(AutoencoderKL, folder, "vae", dtype)
+        if vae.config.get("latents_mean") is not None:
+            what = "the base's VAE shifts its latents, which this version does not know"
+            raise BaseModelError(what, "latents_mean in vae/config.json", "use another base")
+        encoder: nn.Module = vae
+        return encoder
 
     def load_text_encoders(self, folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """`text_encoder/`, its keys with or without `text_model.` (transformers 5.6 dropped it)."""
-        part = folder / "text_encoder"
-        try:
-            config = CLIPTextConfig.from_pretrained(part, local_files_only=True)
-            with torch.random.fork_rng(devices=[]):
-                encoder: nn.Module = CLIPTextModel(config)
-            state = {}
-            for file in weight_files(part, WEIGHTS["text_encoder"]):
-                state.update(load_file(file))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise BaseModelError(f"{part} cannot be loaded", _one_line(error), _DO) from error
-        own = encoder.state_dict()
-        prefix = "text_model." if next(iter(own)).startswith("text_model.") else ""
-        state = {
-            prefix + key.removeprefix("text_model."): tensor
-            for key, tensor in state.items()
-            if not key.endswith("embeddings.position_ids")
-        }
-        _check_keys(part, own.keys() - state.keys(), state.keys() - own.keys())
-        try:
-            encoder.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise BaseModelError(f"{part} cannot be loaded", _one_line(error), _DO) from error
-        return {"text_encoder": encoder.to(dtype)}
+        """`text_encoder/`."""
+        return {"text_encoder": load_clip(folder / "text_encoder", dtype)}
 
     def load_tokenizers(self, folder: Path) -> dict[str, Any]:
-        """`tokenizer/`, CLIP's byte-level BPE with a bounded length."""
-        part = folder / "tokenizer"
-        if not (part / "vocab.json").is_file() and not (part / "tokenizer.json").is_file():
-            raise BaseModelError(
-                f"{part} has no vocabulary", "no vocab.json or tokenizer.json", _DO
-            )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(part, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseModelError(f"{part} cannot be loaded", _one_line(error), _DO) from error
-        if tokenizer.model_max_length > 10_000:
-            what = f"{part} does not say how many tokens fit"
-            raise BaseModelError(what, "no model_max_length in tokenizer_config.json", _DO)
-        return {"tokenizer": tokenizer}
+        """`tokenizer/`."""
+        return {"tokenizer": load_clip_tokenizer(folder / "tokenizer")}
 
     def read_scheduler_config(self, folder: Path) -> dict[str, Any]:
         """`scheduler/`, with what StableDiffusionPipeline forces: steps_offset 1, no clipping."""
-        file = folder / "scheduler" / "scheduler_config.json"
-        config = read_json(file)
-        prediction = config.setdefault("prediction_type", "epsilon")
-        if prediction not in PREDICTION_TYPES:
-            do = f"this version trains {' and '.join(PREDICTION_TYPES)}"
-            raise BaseModelError("the base's prediction type is not known", repr(prediction), do)
-        if "beta_schedule" not in config and "trained_betas" not in config:
-            what = f"{file} is not a schedule of betas"
-            raise BaseModelError(what, str(config.get("_class_name")), "use an SD 1.x or 2.x base")
-        return {**config, "steps_offset": 1, "clip_sample": False}
+        return {**read_betas(folder), "steps_offset": 1}
+
+    def negative_is_zeros(self, folder: Path) -> bool:
+        """Never: no negative prompt is the empty prompt."""
+        return False
 
     def tokenize(self, tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
         """`text_encoder`: ids [N, T], padded to T or cut there; `text_encoder.mask`: the words."""
-        tokenizer = tokenizers["tokenizer"]
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"text_encoder": tokens.input_ids, "text_encoder.mask": tokens.attention_mask}
+        ids_NT, mask_NT = clip_tokens(tokenizers["tokenizer"], prompts)
+        return {"text_encoder": ids_NT, "text_encoder.mask": mask_NT}
 
     def condition(
         self, text_encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]
@@ -151,28 +111,34 @@ class StableDiffusion:
         return out[0]
 
 
-def _load_diffusers(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    try:
-        model, info = kind.from_pretrained(
-            folder,
-            subfolder=part,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(f"{folder / part} cannot be loaded", _one_line(error), _DO) from error
-    _check_keys(folder / part, set(info["missing_keys"]), set(info["unexpected_keys"]))
-    return model
+def load_unet(folder: Path, dtype: torch.dtype) -> Any:
+    """`unet/`; refuses those of inpainting, InstructPix2Pix and latent consistency models."""
+    from diffusers import UNet2DConditionModel
+
+    unet = load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
+    config: Any = unet.config
+    if config.in_channels != config.out_channels:
+        found = f"{config.in_channels} channels in, {config.out_channels} out"
+        refuse_unet("the base's U-Net takes more than latents and text", found)
+    if config.time_cond_proj_dim is not None:
+        refuse_unet("the base's U-Net is distilled to a guidance scale", "time_cond_proj_dim")
+    return unet
 
 
-def _check_keys(part: Path, missing: set[str], unexpected: set[str]) -> None:
-    for word, keys in (("lacks", missing), ("has unknown", unexpected)):
-        if keys:
-            found = f"{min(keys)}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
-            raise BaseModelError(f"{part} {word} tensors", found, _DO)
+def refuse_unet(what: str, found: str) -> None:
+    """Raises BaseModelError."""
+    raise BaseModelError(what, found, "use the plain text-to-image base")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def read_betas(folder: Path) -> dict[str, Any]:
+    """`scheduler/`, a schedule of betas without clipping; BaseModelError for any other."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    prediction = config.setdefault("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        do = f"this version trains {' and '.join(PREDICTION_TYPES)}"
+        raise BaseModelError("the base's prediction type is not known", repr(prediction), do)
+    if "beta_schedule" not in config and "trained_betas" not in config:
+        what = f"{file} is not a schedule of betas"
+        raise BaseModelError(what, str(config.get("_class_name")), "use another base")
+    return {**config, "clip_sample": False}

@@ -1,0 +1,4 @@
+"""Which generator draws images (no torch)."""
+
+GENERATOR_VERSION = 1
+"""Raised when the same request would give another image; part of the prior cache's key."""
