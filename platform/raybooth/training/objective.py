@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raybooth.errors import BaseModelError
+from raybooth.config import ObjectiveConfig
+from raybooth.config.objective import VelocityWeight
+from raybooth.errors import BaseModelError, ConfigError
 
 
 class SlotLosses(NamedTuple):
@@ -22,11 +24,36 @@ class SlotLosses(NamedTuple):
     prior_S: Tensor
 
 
-def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
-    """alpha_bar_T of the base's noise schedule, float32, as diffusers' DDPMScheduler makes it."""
+def check_objective(scheduler_config: Mapping[str, Any], config: ObjectiveConfig) -> None:
+    """Raises ConfigError when the options make no sense for a base of this schedule."""
+    kind = str(scheduler_config["prediction_type"])
+    _check_prediction(kind)
+    found = f"a base that predicts {kind}"
+    if config.velocity_weight != "over_snr_plus_one" and kind != "v_prediction":
+        what = f"objective.velocity_weight: {config.velocity_weight} has no effect"
+        raise ConfigError(what, found, "remove it; it weights v_prediction")
+    if config.zero_terminal_snr and kind != "v_prediction":
+        what = "objective.zero_terminal_snr cannot be trained"
+        do = "remove it, or use a base of v_prediction: pure noise leaves no epsilon to learn"
+        raise ConfigError(what, found, do)
+    if config.zero_terminal_snr and scheduler_config.get("rescale_betas_zero_snr"):
+        what = "objective.zero_terminal_snr has no effect"
+        raise ConfigError(what, "a base whose own schedule ends at zero SNR", "remove it")
+
+
+def alphas_cumprod(
+    scheduler_config: Mapping[str, Any], *, zero_terminal_snr: bool = False
+) -> Tensor:
+    """alpha_bar_T of the base's noise schedule, float32, as diffusers' DDPMScheduler makes it.
+
+    `zero_terminal_snr` shifts and scales sqrt(alpha_bar) so that the last is 0 and the first
+    stays (Lin et al. 2023, "Common diffusion noise schedules ...", algorithm 1).
+    """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     known = {key: value for key, value in scheduler_config.items() if key in _SCHEDULE_KEYS}
+    if zero_terminal_snr:
+        known["rescale_betas_zero_snr"] = True
     alpha_bar_T: Tensor = DDPMScheduler(**known).alphas_cumprod
     return alpha_bar_T.clone()
 
@@ -36,18 +63,28 @@ def snr(alpha_bar: Tensor) -> Tensor:
     return (alpha_bar.sqrt() / (1.0 - alpha_bar).sqrt()).square()
 
 
-def snr_weights(alpha_bar: Tensor, gamma: float | None, prediction_type: str) -> Tensor:
-    """Min-SNR weights (Hang et al. 2023): min(SNR, gamma) / SNR, or / (SNR + 1) for velocity.
+def snr_weights(
+    alpha_bar: Tensor,
+    gamma: float | None,
+    prediction_type: str,
+    velocity_weight: VelocityWeight = "over_snr_plus_one",
+) -> Tensor:
+    """Min-SNR weights (Hang et al. 2023): min(SNR, gamma) / SNR for epsilon.
 
-    `alpha_bar` is that of each row's timestep (or of all T). At zero SNR the epsilon weight is
-    its limit, 1. Without gamma all weights are 1.
+    For velocity either min(SNR, gamma) / (SNR + 1), the paper's, or with `plus_one` that of
+    diffusers' SDXL and advanced scripts, min(SNR, gamma) / SNR + 1. `alpha_bar` is that of each
+    row's timestep (or of all T). At zero SNR min(SNR, gamma) / SNR is its limit, 1. Without gamma
+    all weights are 1.
     """
     _check_prediction(prediction_type)
     if gamma is None:
         return torch.ones_like(alpha_bar)
     snr_ = snr(alpha_bar)
+    over_snr = (torch.full_like(snr_, gamma) / snr_).clamp(max=1.0)
     if prediction_type == "epsilon":
-        return (torch.full_like(snr_, gamma) / snr_).clamp(max=1.0)
+        return over_snr
+    if velocity_weight == "plus_one":
+        return over_snr + 1.0
     return snr_.clamp(max=gamma) / (snr_ + 1.0)
 
 
@@ -73,10 +110,14 @@ def target(
     return velocity(latents_BCHW, noise_BCHW, alpha_bar_B)
 
 
-def row_errors(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of each row, in the target's precision."""
-    difference = prediction_BCHW.to(target_BCHW.dtype) - target_BCHW
-    return difference.square().flatten(1).mean(1)
+def row_errors(
+    prediction_BCHW: Tensor, target_BCHW: Tensor, weight_BHW: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of each row, in the target's precision; pixels weighted where given."""
+    square_BCHW = (prediction_BCHW.to(target_BCHW.dtype) - target_BCHW).square()
+    if weight_BHW is not None:
+        square_BCHW = square_BCHW * weight_BHW[:, None]
+    return square_BCHW.flatten(1).mean(1)
 
 
 def row_weights(
@@ -94,16 +135,21 @@ def dreambooth_loss(
     *,
     prior_weight_S: Tensor,
     num_slots: int,
+    count_B: Tensor | None = None,
 ) -> SlotLosses:
     """L_s = mean(instance rows of s) + lambda_s * mean(prior rows of s), slot by slot.
 
     `num_slots` counts the null slot. Sum over slots before `backward`, never average: a slot's
     gradient must not depend on how many share the pack. A row that is not finite spoils its
-    own slot only.
+    own slot only. When a train step's rows come in parts, `count_B` is the number of rows of each
+    one's kind and slot in ALL parts; the parts' losses then sum to those of one call.
     """
     own_SB = slot_B[None, :] == torch.arange(num_slots, device=slot_B.device)[:, None]
-    instance_S = _masked_mean(error_B, own_SB & ~is_prior_B)
-    prior_S = _masked_mean(error_B, own_SB & is_prior_B)
+    kinds = (own_SB & ~is_prior_B, own_SB & is_prior_B)
+    if count_B is None:
+        instance_S, prior_S = (_masked_mean(error_B, kind_SB) for kind_SB in kinds)
+    else:
+        instance_S, prior_S = (_masked_sum(error_B / count_B, kind_SB) for kind_SB in kinds)
     return SlotLosses(instance_S + prior_weight_S * prior_S, instance_S, prior_S)
 
 
@@ -118,9 +164,12 @@ _SCHEDULE_KEYS = (
 )
 
 
+def _masked_sum(error_B: Tensor, mask_SB: Tensor) -> Tensor:
+    return torch.where(mask_SB, error_B[None, :], torch.zeros_like(error_B)[None, :]).sum(1)
+
+
 def _masked_mean(error_B: Tensor, mask_SB: Tensor) -> Tensor:
-    picked_SB = torch.where(mask_SB, error_B[None, :], torch.zeros_like(error_B)[None, :])
-    return picked_SB.sum(1) / mask_SB.sum(1).clamp(min=1)
+    return _masked_sum(error_B, mask_SB) / mask_SB.sum(1).clamp(min=1)
 
 
 def _signal_and_sigma(alpha_bar_B: Tensor) -> tuple[Tensor, Tensor]:

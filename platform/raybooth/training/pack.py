@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raybooth.config import TrainConfig
-from raybooth.data.batch import SlotBatch, make_slot_batch, stream
+from raybooth.data.batch import SlotBatch, make_slot_batches, stream
 from raybooth.data.encode import SubjectTensors
 from raybooth.errors import CheckpointError, ConfigError
 from raybooth.model.bank import Bank
@@ -139,6 +139,30 @@ class Pack:
         self._leave(entry, "cancelled" if error is None else "failed", error)
         return entry.report((math.nan, math.nan, math.nan), math.nan, 0.0)
 
+    def finish(self, job_id: str) -> Status:
+        """End a running job here, as if this train step had been its last."""
+        entry = self._slots[job_id]
+        self._leave(entry, "finished")
+        return entry.status
+
+    def take_weights(self, job_id: str, flat_N: Tensor) -> None:
+        """Replace the weights of a job that no longer trains."""
+        entry = self._slots[job_id]
+        assert entry.status != "running"
+        with torch.no_grad():
+            self.bank.flat_SP[entry.slot, entry.layout.index_N] = flat_N.to(self.bank.flat_SP)
+
+    @torch.no_grad()
+    def instance_loss(self, job_id: str, batches: Sequence[SlotBatch]) -> float:
+        """Mean loss of instance rows in the job's slot as it is now; nothing changes."""
+        slot = self.slot(job_id)
+        trains = [entry.job.train for entry in self._slots.values()]
+        total = 0.0
+        for batch in batches:
+            losses = RowLosses(self._base, self.bank, trains)([slot], [batch])
+            total += float(losses.instance_S[slot]) * len(batch.is_prior_B)
+        return total / sum(len(batch.is_prior_B) for batch in batches)
+
     def close(self) -> None:
         """Take the bank off the denoiser."""
         self.bank.flat_SP.requires_grad_(False)
@@ -151,16 +175,19 @@ class Pack:
         if not entries:
             return []
         slots = [entry.slot for entry in entries]
-        losses = self._losses(slots, [self._batch(entry) for entry in entries])
-        scale_S = losses.total_S.new_ones(losses.total_S.shape)
+        scale_S = self.bank.flat_SP.new_ones(self.bank.flat_SP.shape[0])
         if self._precision == "fp16":
             scale_S[slots] = scale_S.new_tensor([entry.loss_scale for entry in entries])
         self.bank.flat_SP.grad = None
-        (losses.total_S * scale_S).sum().backward()  # type: ignore[no-untyped-call]
+        parts = []
+        for part in self._losses.parts(slots, [self._batches(entry) for entry in entries]):
+            (part.total_S * scale_S).sum().backward()  # type: ignore[no-untyped-call]
+            parts.append(torch.stack([figure.detach() for figure in part]))
+        losses_3S = torch.stack(parts).sum(0)
         grad_SP = self.bank.flat_SP.grad
         assert grad_SP is not None
         norm_S = torch.linalg.vector_norm(grad_SP, dim=1)
-        figures_4S = torch.stack([*(part.detach() for part in losses), norm_S]).double()
+        figures_4S = torch.stack([*losses_3S, norm_S]).double()
         for entry in entries:
             entry.ahead = self._draw(entry, entry.train_step + 1)  # while the device works
         figures_S4 = figures_4S.T.tolist()  # the step's one transfer
@@ -218,13 +245,13 @@ class Pack:
     def _leave(self, entry: _Entry, status: Status, error: str | None = None) -> None:
         entry.status, entry.error, entry.ahead = status, error, None
 
-    def _batch(self, entry: _Entry) -> SlotBatch:
-        batch, entry.ahead = entry.ahead, None
-        return batch if batch is not None else self._draw(entry, entry.train_step)
+    def _batches(self, entry: _Entry) -> tuple[SlotBatch, ...]:
+        batches, entry.ahead = entry.ahead, None
+        return batches if batches is not None else self._draw(entry, entry.train_step)
 
-    def _draw(self, entry: _Entry, train_step: int) -> SlotBatch:
+    def _draw(self, entry: _Entry, train_step: int) -> tuple[SlotBatch, ...]:
         job = entry.job
-        return make_slot_batch(
+        return make_slot_batches(
             job.tensors,
             job.train,
             job.subject_id,
@@ -283,7 +310,7 @@ class _Entry:
     status: Status = "running"
     error: str | None = None
     curve: list[tuple[float, float, float]] = field(default_factory=list)
-    ahead: SlotBatch | None = None
+    ahead: tuple[SlotBatch, ...] | None = None
 
     def report(
         self, losses: tuple[float, float, float], grad_norm: float, learning_rate: float
@@ -319,7 +346,7 @@ def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
         "precision": {job.train.precision for job in jobs},
         "gradient_checkpointing": {job.train.gradient_checkpointing for job in jobs},
         "adapter.targets": {job.train.adapter.targets for job in jobs},
-        "latents": {tuple(job.tensors.mean_NCHW.shape[1:]) for job in jobs},
+        "latents": {job.tensors.mean_NCHW.shape[1] for job in jobs},
     }
     for name, values in shared.items():
         if len(values) > 1:
