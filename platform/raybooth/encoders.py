@@ -10,6 +10,7 @@ N pictures or prompts, D features, L layers, T patch tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raybooth.errors import EncoderError
-from raybooth.model.fingerprint import read_json
 
 POCKET = "pocket"
 WEIGHTS = "model.safetensors"
@@ -120,8 +120,8 @@ def load_image_encoder(source: str = POCKET, device: torch.device | str = "cpu")
     """A ViT that transformers' AutoModel knows."""
     from transformers import AutoModel
 
-    folder = _folder(source, "embedder")
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    folder = encoder_folder(source, "embedder")
+    kind = _kind(folder)
     if "vit" not in kind and "dino" not in kind:
         do = "give a ViT, DINO or DINOv2, as facebook/dino-vits16"
         raise EncoderError(f"{source} is not an image encoder with a [CLS] token", kind, do)
@@ -133,8 +133,8 @@ def load_clip(source: str = POCKET, device: torch.device | str = "cpu") -> ClipE
     """A CLIPModel with its tokenizer."""
     from transformers import AutoTokenizer, CLIPModel
 
-    folder = _folder(source, "clip")
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    folder = encoder_folder(source, "clip")
+    kind = _kind(folder)
     if kind != "clip":
         do = "give a CLIP, as openai/clip-vit-base-patch32"
         raise EncoderError(f"{source} is not a CLIP", kind, do)
@@ -144,7 +144,11 @@ def load_clip(source: str = POCKET, device: torch.device | str = "cpu") -> ClipE
     return ClipEncoder(source, fingerprint, _frozen(model, device), _processor(folder), tokenizer)
 
 
-def _folder(source: str, pocket_part: str) -> Path:
+def encoder_folder(source: str, pocket_part: str) -> Path:
+    """The whole folder that `source` means, fetched if it must be; raises EncoderError.
+
+    `pocket_part` is `embedder` or `clip`.
+    """
     if source == POCKET:
         from raybooth import pocket
 
@@ -183,6 +187,10 @@ def _fetch(source: str) -> Path:
         found = " ".join(str(error).split())[:300]
         do = "check the id, the commit, your token and the network, or give a local folder"
         raise EncoderError(f"the Hub did not give {source}", found, do) from error
+
+
+def _kind(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
 
 
 def _processor(folder: Path) -> Any:
