@@ -22,6 +22,8 @@ COMMAND_MODULES = (
     "raybooth.commands.train",
     "raybooth.commands.models",
     "raybooth.commands.generate",
+    "raybooth.commands.export",
+    "raybooth.commands.import_",
     "raybooth.commands.prior",
     "raybooth.pocket.commands",
 )

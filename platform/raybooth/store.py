@@ -64,6 +64,18 @@ class PriorRecord(Strict):
 
 
 class ModelRecord(Strict):
+KeyForm = Literal["diffusers", "peft", "kohya"]
+"""How an adapter's file calls its layers."""
+
+
+class ImportRecord(Strict):
+    """The file of an adapter that was trained elsewhere."""
+
+    file: str
+    sha256: str
+    key_form: KeyForm
+
+
     """What `record.json` says of every published model."""
 
     schema_version: Literal[1] = 1
@@ -82,14 +94,16 @@ class ModelRecord(Strict):
     base: BaseRecord
     num_parameters: int
     train: dict[str, Any]
-    """The train config as resolved."""
+    """The train config as resolved; empty where a model was imported."""
 
     photos: tuple[PhotoRecord, ...]
     prior: PriorRecord | None
     loss_curve: tuple[tuple[int, float], ...]
     """(train step, loss), thinned."""
 
-    num_train_steps: int
+    num_train_steps: int | None
+    """None where a model was imported: nobody here counted them."""
+
     seconds: dict[str, float]
     versions: dict[str, str]
     files: dict[str, FileRecord] = Field(default_factory=dict)
@@ -108,6 +122,8 @@ class AdapterRecord(ModelRecord):
     rank: int
     targets: str | tuple[str, ...]
 
+    imported: ImportRecord | None = None
+    """Where the adapter came from; None when RayBooth trained it."""
 
 class FullRecord(ModelRecord):
     """`record.json` of a full fine-tune: every weight of some parts of the base, in float32."""
@@ -133,7 +149,7 @@ class Store:
         Returns the record as written (version, time and checksums filled in). Raises StoreError,
         leaving nothing behind, when the files cannot be written.
         """
-        _check_name(record.subject_id)
+        check_subject_id(record.subject_id)
         folder = self.root / record.subject_id
         staging = folder / f".staging-{uuid4().hex}"
         try:
@@ -334,7 +350,8 @@ def describe_file(path: Path) -> FileRecord:
     return FileRecord(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
 
 
-def _check_name(subject_id: str) -> None:
+def check_subject_id(subject_id: str) -> None:
+    """InputError unless the id can be a folder and a DNS label."""
     if not _NAME.fullmatch(subject_id):
         do = "use lower-case letters, digits and inner hyphens, at most 63"
         raise InputError("this subject id cannot be used", repr(subject_id), do)

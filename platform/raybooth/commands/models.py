@@ -50,7 +50,8 @@ def _list(arguments: argparse.Namespace) -> int:
         loss = f"{record.loss_curve[-1][1]:.4f}" if record.loss_curve else ""
         base = f"{record.base.name} {record.base.fingerprint[:8]}"
         cells = (record.reference, ", ".join(row["aliases"]), record.class_noun)
-        rest = (record.instance_prompt, base, str(record.num_train_steps), loss, record.created)
+        steps = "imported" if record.num_train_steps is None else str(record.num_train_steps)
+        rest = (record.instance_prompt, base, steps, loss, record.created)
         table.add_row(*cells, *rest)
     Console().print(table)
     return 0

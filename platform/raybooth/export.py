@@ -1,0 +1,163 @@
+"""A published model in the form that another program reads: written beside, synced, renamed.
+
+`diffusers` is the published file itself, `kohya` the same pairs under the names that A1111 and
+ComfyUI read, `pipeline` a whole folder of diffusers with W + B A in the place of W.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+from uuid import uuid4
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raybooth.errors import InputError, StoreError
+from raybooth.model.files import WEIGHTS as PARTS
+from raybooth.model.files import weight_files
+from raybooth.model.full_weights import part_file, write_pipeline
+from raybooth.model.kohya import KohyaNames, to_kohya_keys
+from raybooth.model.lora import CLASSIC, DENOISER, AdapterTensors, LoraPair, load_adapter
+from raybooth.store import RECORD, SAMPLES, WEIGHTS, AdapterRecord, Record
+
+Format = Literal["diffusers", "kohya", "pipeline"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+_FILE_SUFFIX = ".safetensors"
+
+
+def export_model(
+    record: Record, folder: Path, base_folder: Path, form: Format, output: Path, *, force: bool
+) -> list[Path]:
+    """The published files in `folder` as `form`, at `output`; returns what was written.
+
+    `output` is a folder, or the name of one `.safetensors` file for an adapter's two forms.
+    Raises InputError when it is there and not to be replaced, or when the model has no such form;
+    StoreError when it cannot be written. What stood there is replaced by a rename, or stays.
+    """
+    is_file = output.suffix == _FILE_SUFFIX
+    if form == "pipeline" and is_file:
+        raise InputError("a pipeline is a folder", f"{output}", "give a name without .safetensors")
+    if form != "pipeline" and not isinstance(record, AdapterRecord):
+        found = f"{record.reference} is a full fine-tune"
+        raise InputError(f"only adapters have a {form} form", found, "use --format pipeline")
+    check_output(output, force=force)
+    with _staged(output) as staging:
+        if form == "pipeline":
+            _write_pipeline(record, folder, base_folder, staging)
+        elif is_file:
+            _write_file(folder / WEIGHTS, base_folder, form, staging)
+        else:
+            staging.mkdir()
+            name = WEIGHTS if form == "diffusers" else f"{record.subject_id}{_FILE_SUFFIX}"
+            _write_file(folder / WEIGHTS, base_folder, form, staging / name)
+        if staging.is_dir():
+            for name in (RECORD, SAMPLES):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, staging / name)
+    written = [output] if is_file else sorted(p for p in output.rglob("*") if p.is_file())
+    return written
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """InputError when something stands at `output` that must not be replaced."""
+    if not output.absolute().parent.is_dir():
+        raise InputError("-o cannot be written", f"no folder {output.absolute().parent}", "make it")
+    if not output.exists():
+        return
+    if not force:
+        raise InputError(f"{output} exists", "a file or folder", "give another, or add --force")
+    if output.is_dir() and (output.suffix == _FILE_SUFFIX or not (output / RECORD).is_file()):
+        do = "remove it by hand, or give another name"
+        raise InputError(f"{output} is a folder that no export wrote", f"no {RECORD} in it", do)
+    if not output.is_dir() and output.suffix != _FILE_SUFFIX:
+        raise InputError(f"{output} is a file, an export is a folder", "", "give another name")
+
+
+def merged(weight: Tensor, pair: LoraPair) -> Tensor:
+    """W + B A in fp32, in the dtype of W: [O, I] or [O, I, h, w], A [R, I(, h, w)], B [O, R]."""
+    delta_OX = pair.up.flatten(1).float() @ pair.down.flatten(1).float()
+    return (weight.float() + delta_OX.view(weight.shape)).to(weight.dtype)
+
+
+def _write_file(weights: Path, base_folder: Path, form: Format, target: Path) -> None:
+    if form == "diffusers":
+        shutil.copyfile(weights, target)
+        return
+    tensors = load_adapter(weights)
+    state = to_kohya_keys(tensors, KohyaNames.of_base(base_folder))
+    rank = str(max((pair.rank for pair in tensors.values()), default=0))
+    words = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    save_file(state, target, metadata={"format": "pt", **words})
+
+
+def _write_pipeline(record: Record, folder: Path, base_folder: Path, target: Path) -> None:
+    if not isinstance(record, AdapterRecord):
+        write_pipeline(base_folder, folder, target)
+        return
+    tensors = load_adapter(folder / WEIGHTS)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as name:
+        for part in _parts(tensors):
+            state = merged_part(base_folder / part, tensors)
+            save_file(state, Path(name) / part_file(part), metadata={"format": "pt"})
+        write_pipeline(base_folder, Path(name), target)
+
+
+def merged_part(part: Path, tensors: AdapterTensors) -> dict[str, Tensor]:
+    """Every weight of one folder of a base, those that the adapter moves as W + B A."""
+    state: dict[str, Tensor] = {}
+    for file in weight_files(part, PARTS[part.name]):
+        state.update(load_file(file))
+    for key, pair in tensors.items():
+        if key.partition(".")[0] == part.name or (part.name == DENOISER and not _is_text(key)):
+            name = _stored_name(key, part.name, state)
+            state[name] = merged(state[name], pair)
+    return state
+
+
+def _stored_name(key: str, part: str, state: Mapping[str, Tensor]) -> str:
+    """The weight of an adapter's key in the base's own file, which may lack `text_model.`."""
+    name = f"{key.removeprefix(part + '.') if _is_text(key) else key}.weight"
+    return name if name in state else name.removeprefix(CLASSIC)
+
+
+def _is_text(key: str) -> bool:
+    return key.startswith("text_encoder")
+
+
+def _parts(tensors: AdapterTensors) -> list[str]:
+    return sorted({key.partition(".")[0] if _is_text(key) else DENOISER for key in tensors})
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A name beside `output` that takes its place once all under it is on the disk."""
+    output = output.absolute()
+    staging = output.with_name(f".{uuid4().hex}{output.suffix}")
+    grave = output.with_name(f".{uuid4().hex}.old")
+    try:
+        yield staging
+        for path in [staging, *staging.rglob("*")]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        if output.is_dir():
+            output.rename(grave)
+        os.replace(staging, output)
+    except OSError as error:
+        if grave.is_dir():
+            grave.rename(output)
+        found = error.strerror or str(error)
+        raise StoreError(f"{output} cannot be written", found, "make room or permission") from error
+    finally:
+        for path in (staging, grave):
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
