@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from raybooth.config import EngineConfig
 from raybooth.errors import BaseModelError, RequestError, ServingError, StoreError
 from raybooth.model.bank import Bank
-from raybooth.model.base import Base
+from raybooth.model.base import Base, load_base
 from raybooth.model.lora import LoraPair, find_sites, load_adapter
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.store import AdapterRecord, Store
@@ -23,6 +24,7 @@ from raybooth_serving.engine import Engine, GeneratedImage
 from raybooth_serving.errors import QueueFullError
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish, random_adapter, weights_of
+from tests.tiny import write_tiny_sdxl
 
 Result = TypeVar("Result")
 
@@ -318,3 +320,20 @@ def test_prompts_are_encoded_once(base: Base, store: Store) -> None:
     counted = run(base, store, config(), act)
     assert counted["prompt_encodes"] == 2
     assert counted["prompt_hits"] == 14
+
+
+def test_an_sdxl_base_is_served(tmp_path: Path) -> None:
+    """Two text encoders, sizes of each request, zeros where no negative prompt is given."""
+    base = load_base(str(write_tiny_sdxl(tmp_path / "sdxl")))
+    store = Store(tmp_path / "models")
+    publish(store, base, "dog-a", 0, rank=2)
+    jobs = (
+        ("dog-a", SampleRequest("sks dog", seed=1, num_inference_steps=3, solver="euler")),
+        (None, SampleRequest("sks dog", "", 1, 4, 4.0)),
+        ("dog-a", SampleRequest("", "a cat", 2, 3, 4.0, solver="ddim")),
+        ("dog-a", SampleRequest("a vase", seed=3, num_inference_steps=2, height=16, width=24)),
+    )
+    found = run(base, store, config(), lambda engine: together(engine, store, jobs, 1))
+    for (subject, request), image in zip(jobs, found, strict=True):
+        record = None if subject is None else store.fetch(subject)
+        assert image == alone(base, record, store, request), (subject, request)
