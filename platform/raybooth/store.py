@@ -23,9 +23,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from raybooth.config import Strict
 from raybooth.errors import InputError, NotPublishedError, StoreError
+from raybooth.validation_record import ValidationRecord
 
 SCHEMA_VERSION = 1
 WEIGHTS = "pytorch_lora_weights.safetensors"
+LEARNED = "learned_embeds.safetensors"
+"""Token embeddings that a subject learned, where it did; diffusers' own name."""
+
 SAMPLES = "samples.png"
 RECORD = "record.json"
 ALIASES = "aliases.json"
@@ -63,7 +67,6 @@ class PriorRecord(Strict):
     """Of the image digests, in order."""
 
 
-class ModelRecord(Strict):
 KeyForm = Literal["diffusers", "peft", "kohya"]
 """How an adapter's file calls its layers."""
 
@@ -76,6 +79,7 @@ class ImportRecord(Strict):
     key_form: KeyForm
 
 
+class ModelRecord(Strict):
     """What `record.json` says of every published model."""
 
     schema_version: Literal[1] = 1
@@ -104,6 +108,9 @@ class ImportRecord(Strict):
     num_train_steps: int | None
     """None where a model was imported: nobody here counted them."""
 
+    validation: ValidationRecord | None = None
+    """What was measured between train steps; None where nothing was."""
+
     seconds: dict[str, float]
     versions: dict[str, str]
     files: dict[str, FileRecord] = Field(default_factory=dict)
@@ -121,9 +128,9 @@ class AdapterRecord(ModelRecord):
     kind: Literal["adapter"] = "adapter"
     rank: int
     targets: str | tuple[str, ...]
-
     imported: ImportRecord | None = None
     """Where the adapter came from; None when RayBooth trained it."""
+
 
 class FullRecord(ModelRecord):
     """`record.json` of a full fine-tune: every weight of some parts of the base, in float32."""

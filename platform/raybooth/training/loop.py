@@ -12,9 +12,11 @@ from typing import Any
 from raybooth.model.base import Base
 from raybooth.training.checkpoint import CheckpointWriter, SlotState, load_latest
 from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.validation import Validation
 
 _NOT_THE_RESULT = {
     *("pack", "resources", "checkpoint", "gradient_checkpointing", "samples", "min_images"),
+    "validation",
 }
 """Parts of a train config that a slot's weights do not depend on."""
 
@@ -50,13 +52,15 @@ def train_pack(
     should_stop: Callable[[], bool] = lambda: False,
     on_finished: Callable[[SlotJob, Pack], None] = lambda job, pack: None,
     cancelled: Callable[[], Collection[str]] = tuple,
+    validation: Validation | None = None,
 ) -> PackReport:
     """Train `jobs` together to their ends, going on from checkpoint_root/<job_id>.
 
     `on_report` gets every train step's reports; `should_stop` is asked between train steps (all
     states are written, then the call returns); `cancelled` names jobs to take out now;
     `on_finished` gets each job once its last state is on disk, again if the process died since.
-    A job whose state cannot be written fails alone. Raises CheckpointError when a state cannot
+    `validation` watches its jobs and may end them early. A job whose state cannot be written
+    fails alone. Raises CheckpointError when a state cannot
     be read.
 
     Jobs that began together with one checkpoint rhythm, and keep two, end bit for bit as if
@@ -69,7 +73,7 @@ def train_pack(
     pack = Pack(base, jobs, states=states)
     try:
         fresh = {job.job_id for job in jobs} - states.keys()
-        return _Loop(base, jobs, pack, checkpoint_root, tuple(notes), fresh).run(
+        return _Loop(base, jobs, pack, checkpoint_root, tuple(notes), fresh, validation).run(
             on_report, should_stop, on_finished, cancelled
         )
     finally:
@@ -100,8 +104,10 @@ class _Loop:
         root: Path,
         notes: tuple[str, ...],
         fresh: Collection[str],
+        validation: Validation | None,
     ) -> None:
         self._pack, self._root, self._notes, self._fresh = pack, root, notes, fresh
+        self._validation = validation
         self._jobs = {job.job_id: job for job in jobs}
         self._fields = {job.job_id: job_fields(base, job) for job in jobs}
         self._failed: dict[str, str] = {}
@@ -115,11 +121,19 @@ class _Loop:
         on_finished: Callable[[SlotJob, Pack], None],
         cancelled: Callable[[], Collection[str]],
     ) -> PackReport:
-        pack = self._pack
+        pack, validation = self._pack, self._validation
+
+        def finish(job: SlotJob) -> None:
+            if validation is not None:
+                validation.settle(pack, job.job_id)
+            on_finished(job, pack)
+
         with CheckpointWriter() as writer:
+            if validation is not None:
+                validation.resume(pack)
             for job_id, job in self._jobs.items():
                 if pack.status(job_id) == "finished":
-                    on_finished(job, pack)
+                    finish(job)
                 elif job_id in self._fresh:
                     self._save_one(writer, job_id)
             while pack.active:
@@ -129,13 +143,15 @@ class _Loop:
                 if should_stop():
                     break
                 reports = self._step()
+                if validation is not None:
+                    reports = validation.after_step(pack, reports)
                 on_report(reports)
                 self._save(writer, [*taken, *reports])
                 if unsaved := self._fail_unsaved(writer):
                     on_report(unsaved)
                 for report in reports:
                     if pack.status(report.job_id) == "finished":
-                        on_finished(self._jobs[report.job_id], pack)
+                        finish(self._jobs[report.job_id])
             for job_id in pack.active:
                 self._save_one(writer, job_id)
             writer.flush()
