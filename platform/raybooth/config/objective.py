@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raybooth.config.words import Solver
+from raybooth.errors import ConfigError
 from raybooth.reading import Strict
 
 VelocityWeight = Literal["over_snr_plus_one", "plus_one"]
@@ -34,6 +36,21 @@ class ObjectiveConfig(Strict):
         if self.velocity_weight != "over_snr_plus_one" and self.snr_gamma is None:
             raise ValueError("velocity_weight has no effect without snr_gamma; set both")
         return self
+
+    def check_base(self, scheduler_config: Mapping[str, Any]) -> None:
+        """Raises ConfigError when an option makes no sense for a base of this noise schedule."""
+        kind = str(scheduler_config["prediction_type"])
+        found = f"a base that predicts {kind}"
+        if self.velocity_weight != "over_snr_plus_one" and kind != "v_prediction":
+            what = f"objective.velocity_weight: {self.velocity_weight} has no effect"
+            raise ConfigError(what, found, "remove it; it weights v_prediction")
+        if self.zero_terminal_snr and kind != "v_prediction":
+            what = "objective.zero_terminal_snr cannot be trained"
+            do = "remove it, or use a base of v_prediction: pure noise leaves no epsilon to learn"
+            raise ConfigError(what, found, do)
+        if self.zero_terminal_snr and scheduler_config.get("rescale_betas_zero_snr"):
+            what = "objective.zero_terminal_snr has no effect"
+            raise ConfigError(what, "a base whose own schedule ends at zero SNR", "remove it")
 
 
 class PriorConfig(Strict):

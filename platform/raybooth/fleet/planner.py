@@ -101,11 +101,13 @@ class PlanJob:
     prior: PriorNeed | None
     pack: PackConfig
     resources: ResourcesConfig
+    base_prediction: bool = False
+    """Whether prior rows learn what the base predicts, without prior images."""
 
     @property
     def num_rows(self) -> int:
         """Rows of one train step: instance rows, and as many prior rows."""
-        return self.batch_size * (2 if self.prior else 1)
+        return self.batch_size * (2 if self.prior or self.base_prediction else 1)
 
     @property
     def load(self) -> int:

@@ -5,7 +5,7 @@ Loads no weights: a tokenizer, JSON configs and safetensors headers are enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,12 @@ from raybooth.fleet.memory import (
     is_target,
     pack_memory_bytes,
     read_base_shape,
+)
+from raybooth.fleet.photographs import (
+    caption_problems,
+    photo_problems,
+    sidecar_problems,
+    sidecar_warnings,
 )
 from raybooth.fleet.planner import PackMemory, PlanJob, PriorNeed
 from raybooth.subject import Fleet, Subject, read_fleet
@@ -59,6 +65,7 @@ class SubjectJob:
             prior=self._prior_need(),
             pack=train.pack,
             resources=train.resources,
+            base_prediction=train.prior.kind == "base_prediction",
         )
 
     def _prior_need(self) -> PriorNeed | None:
@@ -94,29 +101,36 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
 
     Raises InputProblems that lists everything wrong with file, photos, words and base at once.
     """
+    from raybooth.model.families import family_of
     from raybooth.model.base import fingerprint_base, load_tokenizer, resolve_base
 
     fleet, problems = read_fleet(path)
     folder: Path | None = None
     shape: BaseShape | None = None
     tokenizer: Any = None
+    schedule: dict[str, Any] = {}
     if fleet is None:
         raise InputProblems(str(path), problems)
     try:
         folder = resolve_base(fleet.base, fleet.revision)
         shape = read_base_shape(folder)
         tokenizer = load_tokenizer(folder)
+        schedule = family_of(folder).read_scheduler_config(folder)
     except InputError as error:
         problems.append(error)
     warnings: list[str] = []
     for subject in fleet.subjects:
-        problems.extend(_photo_problems(subject))
+        problems.extend(photo_problems(subject, shape))
+        problems.extend(sidecar_problems(subject))
+        warnings.extend(sidecar_warnings(subject))
         if shape is not None:
             problems.extend(size_problems(subject.subject_id, subject.train.resolution, shape))
             problems.extend(_target_problems(subject, shape))
+            problems.extend(_objective_problems(subject, schedule))
             warnings.extend(_size_warnings(subject, shape))
         if tokenizer is not None:
             problems.extend(_prompt_problems(subject, tokenizer))
+            problems.extend(caption_problems(subject, tokenizer))
             warnings.extend(_identifier_warnings(subject, tokenizer))
     if problems or folder is None or shape is None:
         raise InputProblems(str(path), problems)
@@ -135,17 +149,6 @@ def size_problems(subject_id: str, side: int, shape: BaseShape) -> list[InputErr
     return []
 
 
-def _photo_problems(subject: Subject) -> Sequence[InputError]:
-    from raybooth.data.images import check_photos
-
-    return check_photos(
-        subject.images,
-        resolution=subject.train.resolution,
-        min_images=subject.train.min_images,
-        subject_id=subject.subject_id,
-    )
-
-
 def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
     targets = subject.train.adapter.targets
     if isinstance(targets, str):
@@ -158,6 +161,17 @@ def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
     if not targets:
         return [ConfigError(f"{what} is empty", "no pattern", do)]
     return [ConfigError(f"{what} matches no layer of the base", repr(s), do) for s in unmatched]
+
+
+def _objective_problems(subject: Subject, schedule: Mapping[str, Any]) -> list[InputError]:
+    """An objective that does not suit the base's noise schedule."""
+    try:
+        if schedule:
+            subject.train.objective.check_base(schedule)
+    except ConfigError as error:
+        what = f"subject {subject.subject_id!r}: {error.what}"
+        return [ConfigError(what, error.found, error.do)]
+    return []
 
 
 def _size_warnings(subject: Subject, shape: BaseShape) -> list[str]:
@@ -173,7 +187,7 @@ def _prompt_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
 
     problems: list[InputError] = []
     prompts = [("instance prompt", subject.instance_prompt)]
-    if subject.train.prior.num_images:
+    if subject.train.prior.loss_weight:
         prompts.append(("class prompt", subject.class_prompt))
     prompts.extend(("sample prompt", prompt) for prompt in subject.sample_prompts)
     for kind, prompt in prompts:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raybooth.config import ObjectiveConfig
 from raybooth.config.objective import VelocityWeight
-from raybooth.errors import BaseModelError, ConfigError
+from raybooth.errors import BaseModelError
 
 
 class SlotLosses(NamedTuple):
@@ -22,23 +21,6 @@ class SlotLosses(NamedTuple):
     total_S: Tensor
     instance_S: Tensor
     prior_S: Tensor
-
-
-def check_objective(scheduler_config: Mapping[str, Any], config: ObjectiveConfig) -> None:
-    """Raises ConfigError when the options make no sense for a base of this schedule."""
-    kind = str(scheduler_config["prediction_type"])
-    _check_prediction(kind)
-    found = f"a base that predicts {kind}"
-    if config.velocity_weight != "over_snr_plus_one" and kind != "v_prediction":
-        what = f"objective.velocity_weight: {config.velocity_weight} has no effect"
-        raise ConfigError(what, found, "remove it; it weights v_prediction")
-    if config.zero_terminal_snr and kind != "v_prediction":
-        what = "objective.zero_terminal_snr cannot be trained"
-        do = "remove it, or use a base of v_prediction: pure noise leaves no epsilon to learn"
-        raise ConfigError(what, found, do)
-    if config.zero_terminal_snr and scheduler_config.get("rescale_betas_zero_snr"):
-        what = "objective.zero_terminal_snr has no effect"
-        raise ConfigError(what, "a base whose own schedule ends at zero SNR", "remove it")
 
 
 def alphas_cumprod(

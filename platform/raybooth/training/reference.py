@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raybooth.config import TrainConfig
-from raybooth.data.batch import make_slot_batch, stream
+from raybooth.data.batch import SlotBatch, make_slot_batches, stream
 from raybooth.data.encode import SubjectTensors
 from raybooth.errors import ConfigError
 from raybooth.model.base import Base
@@ -83,11 +83,14 @@ def _loss(
     seed: int,
     train_step: int,
 ) -> Tensor:
+    """Loss of one train step: each latent size is predicted by itself, then all rows are one."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-    from diffusers.training_utils import compute_snr
 
-    scheduler = DDPMScheduler.from_config(dict(base.scheduler_config))
-    batch = make_slot_batch(
+    config = dict(base.scheduler_config)
+    if train.objective.zero_terminal_snr:
+        config["rescale_betas_zero_snr"] = True
+    scheduler = DDPMScheduler.from_config(config)
+    batches = make_slot_batches(
         tensors,
         train,
         subject_id,
@@ -97,25 +100,53 @@ def _loss(
         scaling_factor=base.scaling_factor,
         latent_dtype=base.dtype,
     )
+    rows = [_errors(base, denoiser, scheduler, batch, train) for batch in batches]
+    instance_B = torch.cat([instance for instance, _ in rows])
+    prior_B = torch.cat([prior for _, prior in rows])
+    loss = instance_B.mean()
+    if len(prior_B):
+        loss = loss + train.prior.loss_weight * prior_B.mean()
+    return loss
+
+
+def _errors(
+    base: Base, denoiser: nn.Module, scheduler: Any, batch: SlotBatch, train: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Weighted errors of the instance rows, errors of the prior rows."""
     x0_BCHW, noise_BCHW = batch.latents_BCHW.to(base.device), batch.noise_BCHW.to(base.device)
-    t_B = batch.timesteps_B.to(base.device)
+    t_B, is_prior_B = batch.timesteps_B.to(base.device), batch.is_prior_B
+    cond = {name: rows.to(base.device, base.dtype) for name, rows in batch.conditioning.items()}
     noisy_BCHW = scheduler.add_noise(x0_BCHW, noise_BCHW, t_B)
     target_BCHW = noise_BCHW
     if base.prediction_type == "v_prediction":
         target_BCHW = scheduler.get_velocity(x0_BCHW, noise_BCHW, t_B)
-    context = batch.conditioning["encoder_hidden_states"].to(base.device, base.dtype)
-    predicted_BCHW = denoiser(noisy_BCHW, t_B, encoder_hidden_states=context).sample
-    error_B = (predicted_BCHW - target_BCHW).square().mean((1, 2, 3))
-    instance_B, prior_B = error_B[~batch.is_prior_B], error_B[batch.is_prior_B]
-    gamma = train.objective.snr_gamma
-    if gamma is not None:
-        snr_B = compute_snr(scheduler, t_B[~batch.is_prior_B])
-        divisor_B = snr_B if base.prediction_type == "epsilon" else snr_B + 1
-        instance_B = instance_B * (snr_B.clamp(max=gamma) / divisor_B)
-    loss = instance_B.mean()
-    if len(prior_B):
-        loss = loss + train.prior.loss_weight * prior_B.mean()
-    return cast(Tensor, loss)
+    if batch.from_base:
+        with torch.no_grad():
+            asked_BCHW = base.family.predict(base.denoiser, noisy_BCHW, t_B, cond)
+        target_BCHW = torch.where(is_prior_B[:, None, None, None], asked_BCHW, target_BCHW)
+    predicted_BCHW = base.family.predict(denoiser, noisy_BCHW, t_B, cond)
+    square_BCHW = (predicted_BCHW - target_BCHW).square()
+    if batch.weight_BHW is not None:
+        square_BCHW = square_BCHW * batch.weight_BHW[:, None]
+    error_B = square_BCHW.mean((1, 2, 3))
+    instance_B, prior_B = error_B[~is_prior_B], error_B[is_prior_B]
+    if train.objective.snr_gamma is not None:
+        weight_B = _snr_weights(scheduler, t_B[~is_prior_B], train, base.prediction_type)
+        instance_B = instance_B * weight_B
+    return instance_B, prior_B
+
+
+def _snr_weights(scheduler: Any, t_B: Tensor, train: TrainConfig, kind: str) -> Tensor:
+    """As diffusers' scripts write it: `train_dreambooth.py`, and `_sdxl.py` for `plus_one`."""
+    from diffusers.training_utils import compute_snr
+
+    snr_B: Tensor = compute_snr(scheduler, t_B)
+    least_B = snr_B.clamp(max=train.objective.snr_gamma)
+    if kind == "epsilon":
+        return least_B / snr_B
+    if train.objective.velocity_weight == "plus_one":
+        return torch.where(snr_B > 0, least_B / snr_B, 1.0) + 1
+    return least_B / (snr_B + 1)
 
 
 def _with_lora(

@@ -35,7 +35,7 @@ class RowLosses:
         alpha_bars, weights = [plain_T], [torch.ones_like(plain_T)]
         for train in trains:
             config = train.objective
-            objective.check_objective(base.scheduler_config, config)
+            config.check_base(base.scheduler_config)
             alpha_bar_T = objective.alphas_cumprod(
                 base.scheduler_config, zero_terminal_snr=config.zero_terminal_snr
             )

@@ -56,6 +56,9 @@ def test_min_snr_weights_to_six_digits() -> None:
     ]
     assert epsilon_T.mean().item() == pytest.approx(0.916571, abs=5e-7)
     assert velocity_T.mean().item() == pytest.approx(0.294331, abs=5e-7)
+    plus_one_T = objective.snr_weights(alpha_bar_T, 5.0, "v_prediction", "plus_one")
+    assert at(plus_one_T) == ["1.00425", "1.04831", "1.59145", "2", "2", "2", "2"]
+    assert plus_one_T.mean().item() == pytest.approx(1.916571, abs=5e-7)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -66,6 +69,17 @@ def test_weights_are_finite_at_zero_snr(prediction_type: str) -> None:
     weights_T = objective.snr_weights(alpha_bar_T, 5.0, prediction_type)
     assert torch.isfinite(weights_T).all()
     assert weights_T[-1] == (1.0 if prediction_type == "epsilon" else 0.0)
+
+
+def test_zero_terminal_snr_is_diffusers_rescaling() -> None:
+    plain_T = objective.alphas_cumprod(STABLE_DIFFUSION)
+    found_T = objective.alphas_cumprod(STABLE_DIFFUSION, zero_terminal_snr=True)
+    expected_T = DDPMScheduler.from_config(
+        {**STABLE_DIFFUSION, "rescale_betas_zero_snr": True}
+    ).alphas_cumprod
+    assert torch.equal(found_T, expected_T)
+    assert found_T[-1] < 1e-7
+    assert found_T[0].item() == pytest.approx(plain_T[0].item(), rel=1e-6)
 
 
 def test_without_gamma_weights_are_one() -> None:
