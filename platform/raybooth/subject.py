@@ -17,6 +17,7 @@ from raybooth.config import (
     FleetConfig,
     Model,
     SubjectConfig,
+    TrackingConfig,
     TrainConfig,
     find_config,
     load_yaml,
@@ -104,6 +105,7 @@ class Fleet:
     source: Path
     base: str
     revision: str | None
+    tracking: TrackingConfig
     subjects: tuple[Subject, ...]
 
 
@@ -147,7 +149,10 @@ def read_fleet(path: Path) -> tuple[Fleet | None, list[InputError]]:
     base = config.base
     if (folder / base).is_dir() and base != "pocket":
         base = str(folder / base)
-    return Fleet(path.absolute(), base, config.revision, tuple(subjects)), problems
+    tracking = config.tracking
+    if tracking.folder is not None:
+        tracking = tracking.model_copy(update={"folder": folder / tracking.folder})
+    return Fleet(path.absolute(), base, config.revision, tracking, tuple(subjects)), problems
 
 
 def photo_digest(path: Path) -> str:

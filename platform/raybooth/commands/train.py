@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from raybooth.fleet.rounds import train_fleet
     from raybooth.fleet.survey import survey_fleet
     from raybooth.fleet.task import Folders
+    from raybooth.fleet.tracked import tracked
     from raybooth.home import home
 
     folders = Folders.of_home()
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in survey.warnings:
         print(f"raybooth: warning: {warning}", file=sys.stderr)
     queue = Queue(home() / "fleet.db")
-    view = view_for(sys.stdout, as_json=arguments.json)
+    view = tracked(view_for(sys.stdout, as_json=arguments.json), survey, home())
     with contextlib.redirect_stdout(sys.stderr):  # where Ray's own words go
         report = train_fleet(survey, queue, folders, view)
     for subject_id, reason in report.failed.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from raybooth.config.tracking import TrackingConfig
 from raybooth.config.words import SubjectId
 from raybooth.reading import Strict
 
@@ -58,6 +59,7 @@ class FleetConfig(Strict):
     """A file of configs/train (its name or path), or its contents inline."""
 
     defaults: SubjectDefaults = SubjectDefaults()
+    tracking: TrackingConfig = TrackingConfig()
     subjects: tuple[SubjectConfig, ...] = Field(min_length=1)
 
 

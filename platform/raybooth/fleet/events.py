@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raybooth.fleet.queue import JobState
@@ -17,6 +17,8 @@ class StepEvent:
     train_step: int
     loss: float
     time: float = field(default_factory=time.time)
+    curves: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of the step, for trackers."""
 
 
 @dataclass(frozen=True, slots=True)

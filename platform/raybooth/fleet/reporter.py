@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,9 +25,11 @@ class Reporter:
         self._answer: Future[Orders] | None = None
         self._flushed = 0.0
 
-    def step(self, job_id: str, train_step: int, loss: float) -> None:
+    def step(
+        self, job_id: str, train_step: int, loss: float, curves: Mapping[str, float] | None = None
+    ) -> None:
         """A train step; only the newest of each job is sent."""
-        self._steps[job_id] = StepEvent(job_id, train_step, loss)
+        self._steps[job_id] = StepEvent(job_id, train_step, loss, curves=curves or {})
         self._flush_if_due()
 
     def state(

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from raybooth.model.base import Base
     from raybooth.training.pack import Pack, SlotJob, SlotReport
 
+CURVES = ("instance_loss", "prior_loss", "grad_norm", "learning_rate")
+"""Figures of a train step that trackers draw beside the loss."""
+
 
 def train_pack_fn(config: dict[str, Any]) -> dict[str, list[str]]:
     """The worker function of Ray Train: trains `config["task"]`, tells `config["monitor"]`.
@@ -153,7 +156,8 @@ class PackWorker:
                     report.job_id, "failed", error=reason, train_step=report.train_step
                 )
             elif report.status != "cancelled" and math.isfinite(report.loss):
-                self._reporter.step(report.job_id, report.train_step, report.loss)
+                step = report.job_id, report.train_step, report.loss
+                self._reporter.step(*step, {name: getattr(report, name) for name in CURVES})
 
     def _publish(self, base: Base, job: SlotJob, pack: Pack) -> None:
         from raybooth.fleet.publishing import publish_adapter
