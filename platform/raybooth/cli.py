@@ -24,6 +24,8 @@ COMMAND_MODULES = (
     "raybooth.commands.generate",
     "raybooth.commands.export",
     "raybooth.commands.import_",
+    "raybooth.commands.evaluate",
+    "raybooth.commands.bench",
     "raybooth.commands.prior",
     "raybooth.pocket.commands",
 )

@@ -77,7 +77,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if cut := cut_tokens(base, prompt):
             found = f"these tokens would be cut: {' '.join(cut[:20])}"
             raise RequestError("a prompt is too long for this base", found, "shorten it")
-    bank = None if record is None else _take_on(base, record)
+    bank = None if record is None else take_on(base, record)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     requests = [
         SampleRequest(
@@ -145,7 +145,7 @@ def _record(reference: str, base: str | None) -> Record | None:
     return record
 
 
-def _take_on(base: Base, record: Record) -> Bank | None:
+def take_on(base: Base, record: Record) -> Bank | None:
     """The adapter in slot 1, at the rank that a server's bank has by default (same bytes).
 
     A full fine-tune takes the place of the base's own weights and needs no bank.

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from raybooth.data.prior import PriorTensors
+    from raybooth.model.bank import Bank
     from raybooth.model.base import Base
     from raybooth.subject import Subject
     from raybooth.training.pack import Pack, SlotJob
+    from raybooth.training.validation import Validation
 
 CURVE_POINTS = 200
 """Most points of a published loss curve."""
@@ -49,6 +51,7 @@ def publish_adapter(
     *,
     revision: str | None,
     seconds: Mapping[str, float],
+    validation: Validation | None = None,
 ) -> AdapterRecord:
     """The job's adapter as a new version of its subject; raises StoreError, leaving nothing.
 
@@ -57,10 +60,12 @@ def publish_adapter(
     """
     adapter = pack.adapter(job.job_id)
     start = time.perf_counter()
-    images = draw_samples(base, subject, pack, pack.slot(job.job_id))
+    images = draw_samples(base, subject, pack.bank, pack.slot(job.job_id))
     sheet = contact_sheet(images, subject.sample_prompts) if images else None
     sampled_s = round(time.perf_counter() - start, 3)
-    curve_T3 = pack.state(job.job_id).curve_T3
+    state = pack.state(job.job_id)
+    watched = validation.record(job.job_id) if validation is not None else None
+    held_out = watched.held_out if watched is not None else ()
     record = AdapterRecord(
         subject_id=subject.subject_id,
         job_id=job.job_id,
@@ -75,11 +80,14 @@ def publish_adapter(
         train=subject.train.model_dump(mode="json"),
         photos=tuple(
             PhotoRecord(name=path.name, sha256=digest)
-            for path, digest in zip(subject.images, job.tensors.photo_digests, strict=True)
+            for path, digest in zip(
+                subject.images, (*job.tensors.photo_digests, *held_out), strict=True
+            )
         ),
-        prior=_prior_record(job.tensors.prior, subject, base),
-        loss_curve=thinned(curve_T3[:, 0].tolist()),
-        num_train_steps=subject.train.num_train_steps,
+        prior=prior_record(job.tensors.prior, subject, base),
+        loss_curve=thinned(state.curve_T3[:, 0].tolist()),
+        num_train_steps=state.train_step,
+        validation=watched,
         seconds={**seconds, "samples": sampled_s},
         versions=versions(),
     )
@@ -90,10 +98,12 @@ def publish_adapter(
         if sheet is not None:
             sheet.save(samples)
             files[SAMPLES] = samples
+        if validation is not None:
+            files |= validation.pictures(job.job_id)
         return store.publish(record, files)
 
 
-def draw_samples(base: Base, subject: Subject, pack: Pack, slot: int) -> list[Image.Image]:
+def draw_samples(base: Base, subject: Subject, bank: Bank | None, slot: int) -> list[Image.Image]:
     """The subject's sample prompts, drawn by its slot with the subject's own seed."""
     config, side = subject.train.samples, subject.train.resolution
     requests = [
@@ -110,7 +120,7 @@ def draw_samples(base: Base, subject: Subject, pack: Pack, slot: int) -> list[Im
         for prompt in subject.sample_prompts
     ]
     with torch.no_grad():
-        return generate(base, pack.bank, requests)
+        return generate(base, bank, requests)
 
 
 def thinned(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
@@ -129,7 +139,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _prior_record(prior: PriorTensors | None, subject: Subject, base: Base) -> PriorRecord | None:
+def prior_record(prior: PriorTensors | None, subject: Subject, base: Base) -> PriorRecord | None:
+    """Which prior images took part; None without a prior."""
     from raybooth.data.prior_key import prior_key
 
     if prior is None:

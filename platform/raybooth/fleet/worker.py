@@ -16,8 +16,10 @@ from raybooth.fleet.task import Member, PackOutcome, PackTask
 from raybooth.store import Store
 
 if TYPE_CHECKING:
+    from raybooth.data.encode import SubjectTensors
     from raybooth.model.base import Base
     from raybooth.training.pack import Pack, SlotJob, SlotReport
+    from raybooth.training.validation import Validation
 
 CURVES = ("instance_loss", "prior_loss", "grad_norm", "learning_rate")
 """Figures of a train step that trackers draw beside the loss."""
@@ -52,6 +54,7 @@ class PackWorker:
         self._published: list[str] = []
         self._failed: list[str] = []
         self._encode_s: dict[str, float] = {}
+        self._held_out: dict[str, SubjectTensors | None] = {}
         self._train_started = 0.0
 
     def run(self) -> PackOutcome:
@@ -107,6 +110,7 @@ class PackWorker:
         """The members as slots; one whose photos, prior or checkpoint are bad fails alone."""
         from raybooth.data.encode import encode_subject
         from raybooth.data.prior import PriorCache
+        from raybooth.fleet.validation import split_photos
         from raybooth.training.checkpoint import load_latest
         from raybooth.training.loop import job_fields
         from raybooth.training.pack import SlotJob
@@ -119,7 +123,8 @@ class PackWorker:
                 break
             start = time.perf_counter()
             try:
-                tensors = encode_subject(base, subject, folders.encoded, priors=priors)
+                encoded = encode_subject(base, subject, folders.encoded, priors=priors)
+                tensors, self._held_out[job_id] = split_photos(subject, encoded)
                 job = SlotJob(job_id, subject.subject_id, subject.seed, subject.train, tensors)
                 state = load_latest(folders.checkpoints / job_id, job_fields(base, job)).state
             except (RayBoothError, OSError) as error:
@@ -132,17 +137,22 @@ class PackWorker:
         return jobs
 
     def _train(self, base: Base, jobs: Sequence[SlotJob]) -> None:
+        from raybooth.fleet.validation import watch
         from raybooth.training.loop import train_pack
 
+        root = self._task.folders.checkpoints
+        subjects = {job_id: member.subject for job_id, member in self._members.items()}
+        validation = watch(base, subjects, jobs, self._held_out, root)
         self._train_started = time.perf_counter()
         report = train_pack(
             base,
             jobs,
-            checkpoint_root=self._task.folders.checkpoints,
+            checkpoint_root=root,
             on_report=self._on_report,
             should_stop=self._reporter.should_stop,
-            on_finished=lambda job, pack: self._publish(base, job, pack),
+            on_finished=lambda job, pack: self._publish(base, job, pack, validation),
             cancelled=self._reporter.cancelled,
+            validation=validation,
         )
         for note in report.notes:
             self._reporter.send(NoteEvent(note))
@@ -159,7 +169,7 @@ class PackWorker:
                 step = report.job_id, report.train_step, report.loss
                 self._reporter.step(*step, {name: getattr(report, name) for name in CURVES})
 
-    def _publish(self, base: Base, job: SlotJob, pack: Pack) -> None:
+    def _publish(self, base: Base, job: SlotJob, pack: Pack, validation: Validation | None) -> None:
         from raybooth.fleet.publishing import publish_adapter
 
         self._reporter.state(job.job_id, "publishing")
@@ -176,6 +186,7 @@ class PackWorker:
                 self._store,
                 revision=self._task.revision,
                 seconds=seconds,
+                validation=validation,
             )
         except (RayBoothError, OSError, RuntimeError, ValueError) as error:
             self._fail(job.job_id, error)
