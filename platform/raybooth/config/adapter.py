@@ -62,3 +62,8 @@ class AdapterConfig(Strict):
 def matches_target(site: str, pattern: str) -> bool:
     """Whether the layer of this dotted name ends with `pattern`, at a dot."""
     return fnmatchcase(site, pattern) or fnmatchcase(site, "*." + pattern)
+
+
+def learned_identifier(subject_id: str) -> str:
+    """What prompts call a subject that learns its own tokens; no base has a token of that name."""
+    return f"<{subject_id}>"

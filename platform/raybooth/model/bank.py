@@ -73,9 +73,20 @@ class Bank:
 
     # Slots -------------------------------------------------------------------------------------
 
-    def init(self, slot: int, rank: int, scale: float, generator: torch.Generator) -> None:
-        """A fresh adapter of `rank` in `slot`: A normal from `generator`, site by site, B zero."""
-        self.write(slot, {s.key: init_pair(s, rank, generator) for s in self.sites}, scale)
+    def init(
+        self,
+        slot: int,
+        rank: int,
+        scale: float,
+        generator: torch.Generator,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """A fresh adapter of `rank` in `slot`: A normal from `generator`, site by site, B zero.
+
+        `learned` are its first tokens [N, D], by text encoder.
+        """
+        tensors = {site.key: init_pair(site, rank, generator) for site in self.sites}
+        self.write(slot, tensors, scale, learned)
 
     @torch.no_grad()
     def write(

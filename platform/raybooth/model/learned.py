@@ -42,7 +42,9 @@ class LearnedTokens:
 
 
 def token_sites(base: Base, num_tokens: int) -> tuple[TokenSite, ...]:
-    """Where `num_tokens` learned tokens go in each text encoder of `base`."""
+    """Where `num_tokens` learned tokens go in each text encoder of `base`; none for 0."""
+    if num_tokens == 0:
+        return ()
     pairs = zip(base.text_encoders.items(), base.tokenizers.values(), strict=True)
     return tuple(
         TokenSite(part, num_tokens, _table(encoder).shape[1], len(tokenizer))

@@ -26,7 +26,7 @@ class TextAdapter:
         self.pairs = text_part(tensors)
         self.learned = learned
         self._base = base
-        self._token_sites = () if learned is None else token_sites(base, learned.num_tokens)
+        self._token_sites = token_sites(base, 0 if learned is None else learned.num_tokens)
         if learned is not None:
             sites = self._token_sites
             shapes = {part: tuple(vectors.shape) for part, vectors in learned.vectors.items()}

@@ -7,6 +7,7 @@ N parameters of a slot in its own layout (its own rank, padded to a multiple of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +20,37 @@ MIN_8BIT_SIZE = 4096
 BLOCK_SIZE = 256
 
 
-def lr_at(config: OptimizerConfig, step: int, total: int) -> float:
+def lr_at(config: OptimizerConfig, step: int, total: int, peak: float | None = None) -> float:
     """Learning rate of the update after `step` updates out of `total` (diffusers' get_scheduler).
 
     constant: lr; linear: to 0 at `total`; cosine: half a cosine to 0; each after a linear
-    warm-up from 0.
+    warm-up from 0. `peak` is another lr on the same curve.
     """
-    warmup = config.warmup_steps
+    warmup, rate = config.warmup_steps, config.learning_rate if peak is None else peak
     if step < warmup:
-        return config.learning_rate * step / max(1, warmup)
+        return rate * step / max(1, warmup)
     if config.schedule == "constant":
-        return config.learning_rate
+        return rate
     if config.schedule == "linear":
-        return config.learning_rate * max(0.0, (total - step) / max(1, total - warmup))
+        return rate * max(0.0, (total - step) / max(1, total - warmup))
     progress = (step - warmup) / max(1, total - warmup)
-    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def blocks(size: int) -> int:
+    """`size`, padded to whole 8-bit blocks."""
+    return -(-size // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def eight_bit_zeros(shape: Sequence[int], device: torch.device, *, paged: bool) -> Tensor:
+    """Quantised moments; `paged` ones lie where CUDA can move them to the host."""
+    if not paged:
+        return torch.zeros(*shape, dtype=torch.uint8, device=device)
+    from bitsandbytes import functional
+
+    moments: Tensor = functional.get_paged(*shape, dtype=torch.uint8, device=device)
+    functional.fill(moments, 0)
+    return moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +61,8 @@ class SlotUpdate:
     learning_rate: float
     grad_scale: float
     """Clip coefficient over loss scale."""
+    text_learning_rate: float | None = None
+    """Of text sites and learned tokens; None: the same."""
 
 
 def clip_coefficient(grad_norm: float, max_grad_norm: float) -> float:
@@ -57,8 +76,10 @@ class SlotAdamW:
     A slot that is not in an update does not move: neither weights, nor moments, nor count.
     """
 
-    def __init__(self, flat_SP: Tensor) -> None:
+    def __init__(self, flat_SP: Tensor, text_start: int | None = None) -> None:
+        """`text_start`: the column at which the denoiser's numbers end; None: they are all."""
         self._flat_SP = flat_SP
+        self._text_start = flat_SP.shape[1] if text_start is None else text_start
         self._slots: dict[int, _Slot] = {}
         self._exp_avg_SP: Tensor | None = None
         self._exp_avg_sq_SP: Tensor | None = None
@@ -74,18 +95,21 @@ class SlotAdamW:
     ) -> None:
         """Train row `slot` from now on; `index_N` says where its own parameters lie in the row.
 
-        `size` is the slot's own size, padded; `state` continues where another `state` left off.
+        `size` is the slot's own size, the denoiser's part and the words' each padded to whole
+        blocks; `state` continues where another `state` left off.
         """
-        if config.name == "adamw8bit" and self._flat_SP.dtype != torch.float32:
-            raise ConfigError(
-                "adamw8bit needs float32 masters", str(self._flat_SP.dtype), "use name: adamw"
-            )
         device = self._flat_SP.device
+        if config.name != "adamw" and self._flat_SP.dtype != torch.float32:
+            what = f"{config.name} needs float32 masters"
+            raise ConfigError(what, str(self._flat_SP.dtype), "use name: adamw")
+        if config.name == "paged_adamw8bit" and device.type != "cuda":
+            what = "paged_adamw8bit needs CUDA's unified memory"
+            raise ConfigError(what, f"device {device}", "use name: adamw8bit")
         count = torch.tensor(float(opt_step), device=device)
         entry = _Slot(config, index_N.to(device), size, opt_step, count)
         self._slots[slot] = entry
         if entry.is_8bit:
-            entry.eight = _EightBit.make(size, device)
+            entry.eight = _EightBit.make(size, device, paged=config.name == "paged_adamw8bit")
             if state is not None:
                 entry.eight.load(state)
             return
@@ -137,24 +161,24 @@ class SlotAdamW:
         assert self._exp_avg_SP is not None
         assert self._exp_avg_sq_SP is not None
         config, slot = entry.config, update.slot
-        grad_P = grad_SP[slot]
         if update.grad_scale != 1.0:
-            grad_P.mul_(update.grad_scale)
-        torch._fused_adamw_(
-            [self._flat_SP.detach()[slot]],
-            [grad_P],
-            [self._exp_avg_SP[slot]],
-            [self._exp_avg_sq_SP[slot]],
-            [],
-            [entry.count],
-            lr=update.learning_rate,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+            grad_SP[slot].mul_(update.grad_scale)
+        for span, rate in _spans(update, self._text_start, grad_SP.shape[1]):
+            torch._fused_adamw_(
+                [self._flat_SP.detach()[slot, span]],
+                [grad_SP[slot, span]],
+                [self._exp_avg_SP[slot, span]],
+                [self._exp_avg_sq_SP[slot, span]],
+                [],
+                [entry.count],
+                lr=rate,
+                beta1=config.betas[0],
+                beta2=config.betas[1],
+                weight_decay=config.weight_decay,
+                eps=config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def _step_8bit(self, grad_SP: Tensor, update: SlotUpdate) -> None:
         """bitsandbytes' blockwise update in the slot's own layout, so blocks never mix slots."""
@@ -164,31 +188,43 @@ class SlotAdamW:
         eight = entry.eight
         assert eight is not None
         flat_SP = self._flat_SP.detach()
-        used = entry.index_N.shape[0]
+        text_start = int((entry.index_N < self._text_start).sum())
+        place_N = torch.arange(len(entry.index_N), device=flat_SP.device)
+        place_N[text_start:] += blocks(text_start) - text_start
         p_N, g_N = flat_SP.new_zeros(entry.size), flat_SP.new_zeros(entry.size)
-        p_N[:used] = flat_SP[update.slot, entry.index_N]
-        g_N[:used] = grad_SP[update.slot, entry.index_N] * update.grad_scale
+        p_N[place_N] = flat_SP[update.slot, entry.index_N]
+        g_N[place_N] = grad_SP[update.slot, entry.index_N] * update.grad_scale
         config = entry.config
-        optimizer_update_8bit_blockwise(
-            "adam",
-            g_N,
-            p_N,
-            eight.state1,
-            eight.state2,
-            config.betas[0],
-            config.betas[1],
-            0.0,
-            0.0,
-            config.eps,
-            entry.opt_step,
-            update.learning_rate,
-            eight.qmap1,
-            eight.qmap2,
-            eight.absmax1,
-            eight.absmax2,
-            config.weight_decay,
-        )
-        flat_SP[update.slot, entry.index_N] = p_N[:used]
+        for span, rate in _spans(update, blocks(text_start), entry.size):
+            of_blocks = slice(span.start // BLOCK_SIZE, span.stop // BLOCK_SIZE)
+            optimizer_update_8bit_blockwise(
+                "adam",
+                g_N[span],
+                p_N[span],
+                eight.state1[span],
+                eight.state2[span],
+                config.betas[0],
+                config.betas[1],
+                0.0,
+                0.0,
+                config.eps,
+                entry.opt_step,
+                rate,
+                eight.qmap1,
+                eight.qmap2,
+                eight.absmax1[of_blocks],
+                eight.absmax2[of_blocks],
+                config.weight_decay,
+            )
+        flat_SP[update.slot, entry.index_N] = p_N[place_N]
+
+
+def _spans(update: SlotUpdate, text_start: int, size: int) -> list[tuple[slice, float]]:
+    """The parts of a slot's parameters that have a learning rate of their own."""
+    rate, text_rate = update.learning_rate, update.text_learning_rate
+    if text_rate is None or text_rate == rate:
+        return [(slice(0, size), rate)]
+    return [(slice(0, text_start), rate), (slice(text_start, size), text_rate)]
 
 
 @dataclass(slots=True)
@@ -204,7 +240,7 @@ class _Slot:
     @property
     def is_8bit(self) -> bool:
         """Decided by the slot's own size, whoever shares its bank."""
-        return self.config.name == "adamw8bit" and self.size >= MIN_8BIT_SIZE
+        return self.config.name != "adamw" and self.size >= MIN_8BIT_SIZE
 
 
 @dataclass(slots=True)
@@ -219,13 +255,13 @@ class _EightBit:
     qmap2: Tensor
 
     @classmethod
-    def make(cls, size: int, device: torch.device) -> _EightBit:
+    def make(cls, size: int, device: torch.device, *, paged: bool) -> _EightBit:
         from bitsandbytes.functional import create_dynamic_map
 
         blocks = size // BLOCK_SIZE
         return cls(
-            torch.zeros(size, dtype=torch.uint8, device=device),
-            torch.zeros(size, dtype=torch.uint8, device=device),
+            eight_bit_zeros((size,), device, paged=paged),
+            eight_bit_zeros((size,), device, paged=paged),
             torch.zeros(blocks, device=device),
             torch.zeros(blocks, device=device),
             create_dynamic_map(signed=True).to(device),

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from raybooth.config import TrainConfig
+from raybooth.config.adapter import learned_identifier
 from raybooth.data.batch import SlotBatch, make_slot_batches, stream
 from raybooth.data.encode import SubjectTensors
 from raybooth.errors import CheckpointError, ConfigError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
-from raybooth.model.lora import AdapterTensors, find_sites
+from raybooth.model.learned import LearnedTokens, init_tokens, token_sites
+from raybooth.model.lora import AdapterTensors, LoraPair, find_sites, find_text_sites
+from raybooth.model.text_adapter import TextAdapter
 from raybooth.training.checkpoint import SlotState, snapshot
 from raybooth.training.layout import SlotLayout
 from raybooth.training.optim import SlotAdamW, SlotUpdate, clip_coefficient, lr_at
 from raybooth.training.rows import RowLosses
+from raybooth.training.wording import Wording
 
 Status = Literal["running", "finished", "failed", "cancelled"]
 
@@ -42,6 +46,9 @@ class SlotJob:
     seed: int
     train: TrainConfig
     tensors: SubjectTensors
+    class_noun: str = ""
+    class_prompt: str = ""
+    """Both are read where text encoders or tokens train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +87,21 @@ class Pack:
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         rank = max(job.train.adapter.rank for job in jobs)
         sites = find_sites(base.denoiser, first.adapter.targets)
+        if first.adapter.text_targets is not None:
+            sites += find_text_sites(base.text_encoders, first.adapter.text_targets)
         self.bank = Bank(
             base.denoiser,
             sites=sites,
+            text_encoders=base.text_encoders,
+            token_sites=token_sites(base, first.adapter.identifier_tokens),
             rank=rank,
             num_slots=len(jobs),
             device=base.device,
             dtype=dtype,
         )
-        self._optimizer = SlotAdamW(self.bank.flat_SP)
-        self._losses = RowLosses(base, self.bank, [job.train for job in jobs])
+        self._optimizer = SlotAdamW(self.bank.flat_SP, self.bank.text_start)
+        self._wording = Wording(base, self.bank, jobs)
+        self._losses = RowLosses(base, self.bank, [job.train for job in jobs], self._wording)
         self._slots = {
             job.job_id: self._join(slot, job, (states or {}).get(job.job_id))
             for slot, job in enumerate(jobs, 1)
@@ -117,6 +129,23 @@ class Pack:
                 name: type(pair)(*(part.detach().clone() for part in pair))
                 for name, pair in tensors.items()
             }
+
+    def text_adapter(self, job_id: str) -> TextAdapter | None:
+        """What the job's prompts mean as it is now, copied; None where the base's own text holds.
+
+        Its LoRA has the adapter's scale folded in, as a published one has.
+        """
+        entry = self._slots[job_id]
+        adapter = entry.job.train.adapter
+        if not adapter.trains_text:
+            return None
+        tokens = self.bank.read_tokens(entry.slot)
+        name = learned_identifier(entry.job.subject_id)
+        tensors = {
+            key: LoraPair(pair.down, pair.up * adapter.scale)
+            for key, pair in self.adapter(job_id).items()
+        }
+        return TextAdapter(self._base, tensors, LearnedTokens(name, tokens) if tokens else None)
 
     def state(self, job_id: str) -> SlotState:
         """All that the job's next train step depends on, copied to the CPU."""
@@ -156,12 +185,8 @@ class Pack:
     def instance_loss(self, job_id: str, batches: Sequence[SlotBatch]) -> float:
         """Mean loss of instance rows in the job's slot as it is now; nothing changes."""
         slot = self.slot(job_id)
-        trains = [entry.job.train for entry in self._slots.values()]
-        total = 0.0
-        for batch in batches:
-            losses = RowLosses(self._base, self.bank, trains)([slot], [batch])
-            total += float(losses.instance_S[slot]) * len(batch.is_prior_B)
-        return total / sum(len(batch.is_prior_B) for batch in batches)
+        parts = self._losses.parts([slot], [batches])
+        return sum(float(part.instance_S[slot]) for part in parts)
 
     def close(self) -> None:
         """Take the bank off the denoiser."""
@@ -215,7 +240,7 @@ class Pack:
             problem = None
             if math.isfinite(total) and math.isfinite(scaled_norm):
                 coefficient = clip_coefficient(norm, config.max_grad_norm) / entry.loss_scale
-                updates.append(SlotUpdate(entry.slot, rate, coefficient))
+                updates.append(SlotUpdate(entry.slot, rate, coefficient, self._text_rate(entry)))
                 self._grow_loss_scale(entry)
             else:
                 if not math.isfinite(total):
@@ -234,6 +259,11 @@ class Pack:
         if updates:
             self._optimizer.step(grad_SP, updates)
         return reports
+
+    def _text_rate(self, entry: _Entry) -> float | None:
+        peak, train = entry.job.train.adapter.text_learning_rate, entry.job.train
+        step = self._optimizer.opt_step(entry.slot)
+        return None if peak is None else lr_at(train.optimizer, step, train.num_train_steps, peak)
 
     def _grow_loss_scale(self, entry: _Entry) -> None:
         if self._precision != "fp16":
@@ -265,7 +295,12 @@ class Pack:
     def _join(self, slot: int, job: SlotJob, state: SlotState | None) -> _Entry:
         adapter = job.train.adapter
         generator = stream(job.seed, job.subject_id, 0, "init")
-        self.bank.init(slot, adapter.rank, adapter.scale, generator)
+        learned = None
+        if adapter.identifier_tokens:
+            words = adapter.identifier_init or job.class_noun
+            noise = stream(job.seed, job.subject_id, 0, "init tokens")
+            learned = init_tokens(self._base, words, adapter.identifier_tokens, noise)
+        self.bank.init(slot, adapter.rank, adapter.scale, generator, learned)
         layout = SlotLayout.of(self.bank, adapter.rank)
         entry = _Entry(slot, job, layout, loss_scale=1.0)
         if self._precision == "fp16":
@@ -346,6 +381,8 @@ def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
         "precision": {job.train.precision for job in jobs},
         "gradient_checkpointing": {job.train.gradient_checkpointing for job in jobs},
         "adapter.targets": {job.train.adapter.targets for job in jobs},
+        "adapter.text_targets": {job.train.adapter.text_targets for job in jobs},
+        "adapter.identifier_tokens": {job.train.adapter.identifier_tokens for job in jobs},
         "latents": {job.tensors.mean_NCHW.shape[1] for job in jobs},
     }
     for name, values in shared.items():

@@ -18,17 +18,20 @@ from raybooth.data.batch import SlotBatch
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base, predict
 from raybooth.training import objective
+from raybooth.training.wording import Wording
 
 
 class RowLosses:
     """L_s of every slot, each with the objective and prior of its own train config."""
 
-    def __init__(self, base: Base, bank: Bank, trains: Sequence[TrainConfig]) -> None:
+    def __init__(
+        self, base: Base, bank: Bank, trains: Sequence[TrainConfig], wording: Wording
+    ) -> None:
         """`trains` of slots 1, 2, ..., in order; their precision is one.
 
         Raises ConfigError when an objective does not suit the base.
         """
-        self._base, self._bank = base, bank
+        self._base, self._bank, self._wording = base, bank, wording
         self._precision = trains[0].precision
         dtype, kind = bank.flat_SP.dtype, base.prediction_type
         plain_T = objective.alphas_cumprod(base.scheduler_config)
@@ -84,7 +87,7 @@ class RowLosses:
 
         `count_B`: see `objective.dreambooth_loss`.
         """
-        device, dtype = self._base.device, self._base.dtype
+        device = self._base.device
         pairs = zip(slots, batches, strict=True)
         route_B = torch.tensor([slot for slot, batch in pairs for _ in batch.is_prior_B])
         slot_B = route_B.to(device, non_blocking=True)
@@ -92,10 +95,7 @@ class RowLosses:
         latents_BCHW = torch.cat([b.latents_BCHW for b in batches]).to(device, non_blocking=True)
         noise_BCHW = torch.cat([b.noise_BCHW for b in batches]).to(device, non_blocking=True)
         timesteps_B = torch.cat([b.timesteps_B for b in batches]).to(device, non_blocking=True)
-        conditioning = {
-            name: torch.cat([b.conditioning[name] for b in batches]).to(device, dtype)
-            for name in batches[0].conditioning
-        }
+        conditioning = self._wording.cached(batches)
         alpha_bar_B = self._alpha_bar_ST[slot_B, timesteps_B]
         noisy_BCHW = objective.add_noise(latents_BCHW, noise_BCHW, alpha_bar_B)
         target_BCHW = objective.target(
@@ -109,7 +109,8 @@ class RowLosses:
             target_BCHW = target_BCHW.index_copy(0, rows, asked_BCHW.to(target_BCHW.dtype))
         self._bank.route(route_B)
         with self._autocast():
-            prediction_BCHW = predict(self._base, noisy_BCHW, timesteps_B, conditioning)
+            meant = {**conditioning, **self._wording.trained(slots, batches)}
+            prediction_BCHW = predict(self._base, noisy_BCHW, timesteps_B, meant)
         error_B = objective.row_errors(
             prediction_BCHW, target_BCHW, _pixel_weights(batches, device)
         )
