@@ -6,25 +6,29 @@ ComfyUI read, `pipeline` a whole folder of diffusers with W + B A in the place o
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raybooth.errors import InputError, StoreError
+from raybooth.model.families import family_of
 from raybooth.model.files import WEIGHTS as PARTS
-from raybooth.model.files import weight_files
+from raybooth.model.files import read_json, weight_files
 from raybooth.model.full_weights import part_file, write_pipeline
 from raybooth.model.kohya import KohyaNames, to_kohya_keys
+from raybooth.model.learned import LearnedTokens, load_learned, with_tokens
 from raybooth.model.lora import CLASSIC, DENOISER, AdapterTensors, LoraPair, load_adapter
-from raybooth.store import RECORD, SAMPLES, WEIGHTS, AdapterRecord, Record
+from raybooth.store import LEARNED, RECORD, SAMPLES, WEIGHTS, AdapterRecord, Record
 
 Format = Literal["diffusers", "kohya", "pipeline"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -51,11 +55,16 @@ def export_model(
         if form == "pipeline":
             _write_pipeline(record, folder, base_folder, staging)
         elif is_file:
+            if LEARNED in record.files:
+                do = "give a folder, which holds both"
+                raise InputError(f"{record.reference} learned tokens too", "one file", do)
             _write_file(folder / WEIGHTS, base_folder, form, staging)
         else:
             staging.mkdir()
             name = WEIGHTS if form == "diffusers" else f"{record.subject_id}{_FILE_SUFFIX}"
             _write_file(folder / WEIGHTS, base_folder, form, staging / name)
+            if LEARNED in record.files:
+                _write_tokens(folder / LEARNED, record.subject_id, form, staging)
         if staging.is_dir():
             for name in (RECORD, SAMPLES):
                 if (folder / name).is_file():
@@ -96,16 +105,37 @@ def _write_file(weights: Path, base_folder: Path, form: Format, target: Path) ->
     save_file(state, target, metadata={"format": "pt", **words})
 
 
+def _write_tokens(tokens: Path, subject_id: str, form: Format, folder: Path) -> None:
+    """The learned tokens beside an adapter; for A1111 and ComfyUI the file's name is their name."""
+    if form == "diffusers":
+        shutil.copyfile(tokens, folder / LEARNED)
+        return
+    vectors = load_learned(tokens).vectors
+    state = {"emb_params": vectors["text_encoder"]}
+    if len(vectors) > 1:
+        state = load_file(tokens)
+    save_file(state, folder / f"{subject_id}_emb{_FILE_SUFFIX}", metadata={"format": "pt"})
+
+
 def _write_pipeline(record: Record, folder: Path, base_folder: Path, target: Path) -> None:
     if not isinstance(record, AdapterRecord):
         write_pipeline(base_folder, folder, target)
         return
     tensors = load_adapter(folder / WEIGHTS)
+    learned = load_learned(folder / LEARNED) if LEARNED in record.files else None
+    tokenizers = {} if learned is None else _tokenizers(base_folder, learned)
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as name:
-        for part in _parts(tensors):
+        for part in sorted({*_parts(tensors), *tokenizers}):
             state = merged_part(base_folder / part, tensors)
+            if learned is not None and part in tokenizers:
+                _add_rows(state, learned.vectors[part], len(tokenizers[part]))
             save_file(state, Path(name) / part_file(part), metadata={"format": "pt"})
         write_pipeline(base_folder, Path(name), target)
+    for part, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(target / part.replace("text_encoder", "tokenizer"))
+        config = target / part / "config.json"
+        words = {**read_json(config), "vocab_size": len(tokenizer)}
+        config.write_text(json.dumps(words, indent=2) + "\n", "utf-8")
 
 
 def merged_part(part: Path, tensors: AdapterTensors) -> dict[str, Tensor]:
@@ -118,6 +148,20 @@ def merged_part(part: Path, tensors: AdapterTensors) -> dict[str, Tensor]:
             name = _stored_name(key, part.name, state)
             state[name] = merged(state[name], pair)
     return state
+
+
+def _tokenizers(base_folder: Path, learned: LearnedTokens) -> dict[str, Any]:
+    """The base's tokenizers, which know the learned tokens, by text encoder."""
+    known = family_of(base_folder).load_tokenizers(base_folder)
+    added = with_tokens(known, learned.name, learned.num_tokens)
+    return {part.replace("tokenizer", "text_encoder"): each for part, each in added.items()}
+
+
+def _add_rows(state: dict[str, Tensor], vectors_ND: Tensor, num_rows: int) -> None:
+    """The learned rows after those of all tokens that the base knows."""
+    name = next(key for key in state if key.endswith("embeddings.token_embedding.weight"))
+    known_VD = state[name][: num_rows - len(vectors_ND)]
+    state[name] = torch.cat([known_VD, vectors_ND.to(known_VD.dtype)])
 
 
 def _stored_name(key: str, part: str, state: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,8 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from raybooth.errors import BaseModelError, InputError
 from raybooth.model.files import WEIGHTS as PARTS
 from raybooth.model.files import read_json, weight_files
 from raybooth.model.kohya import KohyaNames
+from raybooth.model.learned import LearnedTokens, load_learned, save_learned
 from raybooth.model.lora import (
     CLASSIC,
     DENOISER,
@@ -35,6 +37,7 @@ from raybooth.model.lora import (
     save_adapter,
 )
 from raybooth.store import (
+    LEARNED,
     WEIGHTS,
     AdapterRecord,
     BaseRecord,
@@ -96,18 +99,28 @@ def read_foreign(path: Path, base_folder: Path) -> ForeignAdapter:
 
 
 def import_adapter(
-    store: Store, path: Path, base: BaseRecord, base_folder: Path, words: Mapping[str, str]
+    store: Store,
+    path: Path,
+    base: BaseRecord,
+    base_folder: Path,
+    words: Mapping[str, str],
+    tokens: Path | None = None,
 ) -> AdapterRecord:
     """The adapter in `path` as a version of the subject that `words` names, with its origin.
 
     `words` holds the record's subject_id, class_noun, identifier, instance_prompt, class_prompt.
-    The same file for the same subject and base is one version. Raises as `read_foreign`, or
+    `tokens` is a file of learned tokens, which prompts call by the identifier. The same file for
+    the same subject and base is one version. Raises as `read_foreign`, or
     InputError for a subject id that cannot be used, StoreError.
     """
     check_subject_id(words["subject_id"])
     adapter = read_foreign(path, base_folder)
+    learned = None
+    if tokens is not None:
+        learned = _read_tokens(tokens, base_folder, words["identifier"])
     digest = describe_file(path).sha256
-    job_id = f"{words['subject_id']}-import-{digest[:12]}"
+    digests = digest if tokens is None else digest + describe_file(tokens).sha256
+    job_id = f"{words['subject_id']}-import-{sha256(digests.encode()).hexdigest()[:12]}"
     earlier = store.published_job(words["subject_id"], job_id)
     if isinstance(earlier, AdapterRecord) and earlier.base.fingerprint == base.fingerprint:
         return earlier
@@ -130,7 +143,11 @@ def import_adapter(
     with tempfile.TemporaryDirectory(prefix="raybooth-") as name:
         weights = Path(name) / WEIGHTS
         save_adapter(weights, adapter.tensors, 1.0)
-        return store.publish(record, {WEIGHTS: weights})
+        files = {WEIGHTS: weights}
+        if learned is not None:
+            files[LEARNED] = Path(name) / LEARNED
+            save_learned(files[LEARNED], learned)
+        return store.publish(record, files)
 
 
 def layer_shapes(base_folder: Path) -> dict[str, tuple[int, ...]]:
@@ -147,6 +164,28 @@ def layer_shapes(base_folder: Path) -> dict[str, tuple[int, ...]]:
                     if is_layer and len(shape) in (2, 4):
                         shapes[_key(part, name.removesuffix(".weight"))] = shape
     return shapes
+
+
+def _read_tokens(path: Path, base_folder: Path, identifier: str) -> LearnedTokens:
+    """The learned tokens of `path`, called `identifier`; of the width of the base's own."""
+    learned = replace(load_learned(path, identifier), name=identifier)
+    if not identifier:
+        do = "name them with --identifier"
+        raise InputError("learned tokens need a word that prompts call them by", "none", do)
+    widths: dict[str, int] = {}
+    for part, stem in PARTS.items():
+        if not part.startswith("text_encoder") or not (base_folder / part).is_dir():
+            continue
+        for file in weight_files(base_folder / part, stem):
+            with safe_open(file, "pt") as reader:
+                for name in reader.keys():  # noqa: SIM118
+                    if name.endswith("embeddings.token_embedding.weight"):
+                        widths[part] = reader.get_slice(name).get_shape()[1]
+    found = {part: vectors.shape[1] for part, vectors in learned.vectors.items()}
+    if found != widths:
+        do = "name the base that they were trained on"
+        raise BaseModelError(f"{path} does not fit the base's tokens", f"{found}, not {widths}", do)
+    return learned
 
 
 def _key(part: str, name: str) -> str:

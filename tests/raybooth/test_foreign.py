@@ -19,8 +19,9 @@ from raybooth.errors import BaseModelError, InputError
 from raybooth.foreign import import_adapter, read_foreign
 from raybooth.model.base import Base, load_base
 from raybooth.model.kohya import KohyaNames, to_kohya_keys
+from raybooth.model.learned import load_learned
 from raybooth.model.lora import AdapterTensors, LoraPair, load_adapter, to_diffusers_keys
-from raybooth.store import WEIGHTS, BaseRecord, Store
+from raybooth.store import LEARNED, WEIGHTS, BaseRecord, Store
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -241,3 +242,30 @@ def test_an_import_says_what_it_is_and_invents_nothing(
     fewer = import_adapter(store, file, named, folder, words)
     assert fewer.version == 2
     assert all(name.endswith("to_q") for name in fewer.targets)
+
+
+def test_learned_tokens_are_imported_under_the_identifier(
+    adapter: AdapterTensors, base: Base, folder: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    file, tokens = tmp_path / "a.safetensors", tmp_path / "t.safetensors"
+    save_file(to_diffusers_keys(adapter, 1.0), file)
+    vectors = torch.randn(2, 32)
+    save_file({"emb_params": vectors}, tokens)
+    named = BaseRecord(name="tiny", fingerprint=base.fingerprint)
+    empty = dict.fromkeys(("class_noun", "identifier", "instance_prompt", "class_prompt"), "")
+    words = {**empty, "subject_id": "rex", "identifier": "<rex>"}
+    record = import_adapter(store, file, named, folder, words, tokens)
+    learned = load_learned(store.folder("rex") / LEARNED)
+    assert (learned.name, learned.num_tokens) == ("<rex>", 2)
+    assert torch.equal(learned.vectors["text_encoder"], vectors)
+    assert import_adapter(store, file, named, folder, words, tokens) == record
+    assert import_adapter(store, file, named, folder, words).version == 2
+    with pytest.raises(InputError, match="--identifier"):
+        import_adapter(store, file, named, folder, {**words, "identifier": ""}, tokens)
+    save_file({"emb_params": torch.randn(2, 31)}, tokens)
+    with pytest.raises(BaseModelError, match="does not fit the base's tokens"):
+        import_adapter(store, file, named, folder, words, tokens)
+    torch.save({"string_to_param": {"*": vectors}}, tokens)
+    with pytest.raises(BaseModelError, match="not a readable safetensors"):
+        import_adapter(store, file, named, folder, words, tokens)

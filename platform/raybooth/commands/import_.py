@@ -24,6 +24,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--subject", required=True, metavar="ID")
     parser.add_argument("--base", required=True, help="the base that it was trained on")
     parser.add_argument("--revision", metavar="COMMIT", help="of a base on the Hub")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="its learned tokens, if any")
     parser.add_argument("--class-noun", default="", metavar="NOUN")
     parser.add_argument("--identifier", default="", metavar="WORD")
     parser.add_argument("--instance-prompt", default="", metavar="PROMPT")
@@ -47,7 +48,8 @@ def _import(arguments: argparse.Namespace) -> int:
         "instance_prompt": _filled("--instance-prompt", arguments.instance_prompt, arguments),
         "class_prompt": _filled("--class-prompt", arguments.class_prompt, arguments),
     }
-    record = import_adapter(Store(store_folder()), arguments.file, base, folder, words)
+    store = Store(store_folder())
+    record = import_adapter(store, arguments.file, base, folder, words, arguments.tokens)
     if arguments.json:
         print(record.model_dump_json(indent=2))
     else:
