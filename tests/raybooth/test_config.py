@@ -26,6 +26,12 @@ def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
         ({"optimizer": {"warmup_steps": 800}}, "warm up for fewer"),
         ({"prior": {"num_images": 0}}, "loss_weight"),
         ({"prior": {"loss_weight": 0}}, "num_images"),
+        ({"prior": {"kind": "base_prediction", "num_images": 9}}, "set it to 0"),
+        ({"prior": {"kind": "base_prediction", "loss_weight": 0}}, "loss_weight above 0"),
+        ({"prior": {"kind": "base_prediction", "solver": "euler"}}, "solver has no effect"),
+        ({"objective": {"velocity_weight": "plus_one"}}, "without snr_gamma"),
+        ({"photos": {"background_weight": 0.1}}, "without masks"),
+        (FULL | {"prior": {"kind": "base_prediction"}}, "needs method: lora"),
         ({"instance_prompt": "a {colour} dog"}, "identifier"),
         ({"resolution": 100}, "multiple of 8"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
@@ -54,6 +60,12 @@ def test_merging_replaces_leaves_only() -> None:
 def test_a_fleet_needs_subjects() -> None:
     with pytest.raises(InputProblems, match="subjects is missing"):
         parse_config(FleetConfig, {}, "fleet.yaml")
+
+
+def test_base_prediction_comes_back_from_its_own_dump() -> None:
+    config = TrainConfig.model_validate({"prior": {"kind": "base_prediction"}})
+    assert config.prior.num_images == 0
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_full_config_comes_back_from_its_own_dump() -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from raybooth.config import TrainConfig
-from raybooth.data.batch import SlotBatch, make_slot_batch, plan_batch, stream
+from raybooth.data.batch import (
+    SlotBatch,
+    make_slot_batch,
+    make_slot_batches,
+    plan_batch,
+    stream,
+)
 from raybooth.data.encode import SubjectTensors
 from raybooth.data.prior import PriorTensors
 from raybooth.errors import PriorError
@@ -208,3 +215,60 @@ def test_permuted_images_carry_their_latents_along() -> None:
         assert torch.equal(one.latents_BCHW[2:], other.latents_BCHW[2:])
         total = one.latents_BCHW[:2] + other.latents_BCHW[:2]
         assert torch.equal(total, torch.full_like(total, 4 * 0.5))
+
+
+def test_samples_of_other_sizes_are_rows_of_other_batches() -> None:
+    """Each sample keeps its own latents, caption and mask, whatever its size."""
+    of = tensors(4)
+    mask_NHW = torch.rand(4, 2, 2) + 0.1
+    sizes = ((2, 2), (1, 2), (2, 1), (1, 2))
+    prompt = {"encoder_hidden_states": torch.stack([torch.full((3, 2), v) for v in (0.0, 1.0)])}
+    ragged = replace(
+        of, size_N=sizes, mask_NHW=mask_NHW, prompt_N=(0, 1, 0, 1), instance_conditioning=prompt
+    )
+    config = TrainConfig.model_validate({"batch_size": 4, "photos": {"masks": True}})
+    batches = make_slot_batches(
+        ragged, config, "rex", 7, 0, num_train_timesteps=1000, scaling_factor=1.0
+    )
+    seen = []
+    for rows in batches:
+        shape = tuple(rows.latents_BCHW.shape[2:])
+        for row in (~rows.is_prior_B).nonzero()[:, 0].tolist():
+            sample = int(rows.latents_BCHW[row, 0, 0, 0]) - 1
+            seen.append(sample)
+            assert sizes[sample] == shape
+            assert rows.prompt_B[row] == sample % 2
+            assert (rows.conditioning["encoder_hidden_states"][row] == sample % 2).all()
+            assert rows.weight_BHW is not None
+            own_HW = mask_NHW[sample, : shape[0], : shape[1]]
+            torch.testing.assert_close(rows.weight_BHW[row], own_HW / own_HW.mean())
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert sum(int(rows.is_prior_B.sum()) for rows in batches) == 4
+
+
+def test_offset_noise_has_a_stream_of_its_own_and_one_value_a_channel() -> None:
+    offset = TrainConfig.model_validate({"batch_size": 2, "objective": {"offset_noise": 0.5}})
+    plain, moved = batch(tensors(), train(2), 3), batch(tensors(), offset, 3)
+    added_BCHW = moved.noise_BCHW - plain.noise_BCHW
+    expected = 0.5 * torch.randn((4, 4, 1, 1), generator=stream(7, "rex", 3, "offset noise"))
+    torch.testing.assert_close(added_BCHW, expected.expand_as(added_BCHW))
+    assert torch.equal(moved.timesteps_B, plain.timesteps_B)
+    assert torch.equal(moved.latents_BCHW, plain.latents_BCHW)
+
+
+def test_base_predictions_rows_are_the_instances_own_under_the_class_prompt() -> None:
+    values = {"batch_size": 2, "prior": {"kind": "base_prediction"}}
+    config = TrainConfig.model_validate(values)
+    of = replace(
+        tensors(num_prior=0),
+        class_conditioning={"encoder_hidden_states": torch.full((1, 3, 2), PRIOR)},
+    )
+    rows = batch(of, config, 5)
+    assert rows.from_base
+    assert rows.is_prior_B.tolist() == [False, False, True, True]
+    for tensor in (rows.latents_BCHW, rows.noise_BCHW, rows.timesteps_B):
+        assert torch.equal(tensor[:2], tensor[2:])
+    signs = rows.conditioning["encoder_hidden_states"][:, 0, 0].tolist()
+    assert signs == [INSTANCE, INSTANCE, PRIOR, PRIOR]
+    with pytest.raises(PriorError, match="no embedding of its class prompt"):
+        batch(tensors(num_prior=0), config)

@@ -13,11 +13,13 @@ from tests.tiny import write_tiny_base
 
 from raybooth.config import TrainConfig
 from raybooth.data.encode import SubjectTensors, encode_subject
+from raybooth.data.framing import pixels_of, plan_frame
 from raybooth.data.images import load_photo, to_pixels
 from raybooth.data.prior import PriorCache, prior_key
 from raybooth.data.prior_build import build_prior
 from raybooth.errors import PriorError, SubjectError, TrainingError
 from raybooth.model.base import Base, encode_images, encode_prompts, load_base
+from raybooth.sidecar import caption_file, mask_file
 from raybooth.subject import Subject
 
 from .test_images import picture
@@ -31,7 +33,7 @@ def photos(tmp_path: Path) -> tuple[Path, ...]:
     return paths
 
 
-def subject(photos: tuple[Path, ...], **train: Any) -> Subject:
+def subject(photos: tuple[Path, ...], /, **train: Any) -> Subject:
     prior = {"num_images": 0, "loss_weight": 0}
     config = TrainConfig.model_validate({"resolution": 32, "prior": prior, **train})
     return Subject("rex", "dog", "sks", photos, config)
@@ -210,3 +212,64 @@ def test_greyscale_photos_train_too(tiny_base: Base, tmp_path: Path) -> None:
     Image.new("L", (40, 40), 90).save(path)
     tensors = encode_subject(tiny_base, subject((path,)), tmp_path / "encoded")
     assert torch.isfinite(tensors.mean_NCHW).all()
+
+
+def test_buckets_flips_captions_and_masks_are_encoded_sample_by_sample(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    shapes = [(64, 64), (90, 45), (45, 90)]  # width, height
+    paths = tuple(tmp_path / f"{i}.png" for i in range(3))
+    for seed, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
+        picture(seed, shape).save(path)
+    caption_file(paths[1]).write_text("a red {identifier} {class_noun}", encoding="utf-8")
+    mask = Image.new("L", shapes[0], 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(mask_file(paths[0]))
+    options = {"fit": "buckets", "flip": True, "captions": True, "masks": True}
+    one = subject(paths, photos=options)
+    tensors = encode_subject(tiny_base, one, tmp_path / "encoded")
+    assert tensors.size_N == ((8, 8), (8, 8), (6, 10), (6, 10), (10, 6), (10, 6))
+    assert tensors.prompts == ("a photo of sks dog", "a red sks dog")
+    assert tensors.prompt_N == (0, 0, 1, 1, 0, 0)
+    assert tensors.mean_NCHW.shape[2:] == (10, 10)
+    assert (tensors.mean_NCHW[2, :, 6:] == 0).all()
+    frame = plan_frame((45, 90), (24, 40), "center", flip=True)
+    mean_BCHW, _ = encode_images(tiny_base, pixels_of(load_photo(paths[1]), frame)[None])
+    assert torch.equal(tensors.mean_NCHW[3, :, :6, :10], mean_BCHW[0])
+    expected = encode_prompts(tiny_base, ["a red sks dog"])
+    for name, row in expected.items():
+        assert torch.equal(tensors.instance_conditioning[name][1:], row)
+    assert tensors.mask_NHW is not None
+    assert tensors.mask_NHW[0, 0, :8].round().tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert torch.equal(tensors.mask_NHW[1, :8, :8], tensors.mask_NHW[0, :8, :8].flip(1))
+    assert (tensors.mask_NHW[2, :6, :10] == 1).all()
+    again = encode_subject(tiny_base, one, tmp_path / "encoded")
+    assert same(again, tensors)
+    assert (again.size_N, again.prompt_N) == (tensors.size_N, tensors.prompt_N)
+    caption_file(paths[1]).write_text("a blue {identifier} {class_noun}", encoding="utf-8")
+    assert encode_subject(tiny_base, one, tmp_path / "encoded").prompts[1] == "a blue sks dog"
+    assert len(files(tmp_path / "encoded")) == 2
+
+
+def test_a_crop_that_shows_nothing_of_its_mask_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "0.png"
+    picture(0, (96, 32)).save(path)
+    mask = Image.new("L", (96, 32), 0)
+    mask.paste(255, (0, 0, 8, 32))
+    mask.save(mask_file(path))
+    with pytest.raises(SubjectError, match=r"a crop of .*0\.png shows nothing of its mask"):
+        encode_subject(tiny_base, subject((path,), photos={"masks": True}), tmp_path / "encoded")
+    kept = subject((path,), photos={"masks": True, "background_weight": 0.5})
+    mask_NHW = encode_subject(tiny_base, kept, tmp_path / "encoded").mask_NHW
+    assert mask_NHW is not None
+    assert (mask_NHW == 0).all()
+
+
+def test_base_prediction_encodes_the_class_prompt_and_reads_no_prior(
+    tiny_base: Base, photos: tuple[Path, ...], tmp_path: Path
+) -> None:
+    one = subject(photos, prior={"kind": "base_prediction"})
+    tensors = encode_subject(tiny_base, one, tmp_path / "encoded")
+    assert tensors.prior is None
+    for name, row in encode_prompts(tiny_base, ["a photo of a dog"]).items():
+        assert torch.equal(tensors.class_conditioning[name], row)

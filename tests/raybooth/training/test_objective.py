@@ -184,3 +184,19 @@ def test_prior_rows_are_never_weighted_even_where_instance_rows_would_be() -> No
     timesteps_B = torch.tensor([5, 5, 5, 5])
     weight_B = objective.row_weights(weights_ST, slot_B, timesteps_B, is_prior_B)
     assert weight_B.tolist() == pytest.approx([0.1, 1.0, 0.7, 1.0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_min_snr_weighs_instance_rows_by_their_own_timesteps(batch_size: int) -> None:
+    """Bug 1 of the peers: weights of all 2B timesteps; B = 1 took the mean of both, 10.9x off."""
+    alpha_bar_T = objective.alphas_cumprod(STABLE_DIFFUSION)
+    weights_ST = torch.stack([torch.ones(1000), objective.snr_weights(alpha_bar_T, 5.0, "epsilon")])
+    layout = [(1, False)] * batch_size + [(1, True)] * batch_size
+    slot_B, is_prior_B = rows(*layout)
+    timesteps_B = torch.tensor([10] * batch_size + [750] * batch_size)
+    weight_B = objective.row_weights(weights_ST, slot_B, timesteps_B, is_prior_B)
+    losses = objective.dreambooth_loss(
+        weight_B, is_prior_B, slot_B, prior_weight_S=torch.ones(2), num_slots=2
+    )
+    assert digits(losses.instance_S[1].item()) == "0.0483057"
+    assert losses.prior_S[1] == 1.0
