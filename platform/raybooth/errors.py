@@ -111,6 +111,12 @@ class TrainingError(RayBoothError):
     code = "training_failed"
 
 
+class PeerLostError(TrainingError):
+    """Another worker of a full run is gone; the run goes on from its checkpoint when restarted."""
+
+    code = "peer_lost"
+
+
 class ClusterError(RayBoothError):
     """Ray cannot be reached, or has not the resources that were asked for."""
 

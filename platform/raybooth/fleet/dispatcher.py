@@ -193,7 +193,7 @@ class Dispatcher:
     def _admit_packs(self) -> None:
         ready = [pack for pack in self._packs_waiting if not self._missing & set(pack.priors)]
         for pack in ready:
-            if not self._has_room(pack.resources):
+            if not self._has_room(pack):
                 continue
             self._packs_waiting.remove(pack)
             task = self._pack_task(pack)
@@ -202,15 +202,15 @@ class Dispatcher:
             self._unstarted.add(pack.pack_id)
             self._apply(PackEvent(pack.pack_id, "starting", f"{len(pack.job_ids)} subjects"))
 
-    def _has_room(self, asked: Resources) -> bool:
-        """Whether a worker can run at once: by our own count and by what the cluster says."""
-        if self._unreserved().place(asked) is None:
+    def _has_room(self, pack: PackPlan) -> bool:
+        """Whether its workers can run at once: by our own count and by what the cluster says."""
+        if self._unreserved().place(pack.resources, pack.num_workers) is None:
             return False
         free = free_capacity()
-        for pack in self._packs.values():
-            if pack.pack_id in self._unstarted:
-                free = free.place(pack.resources) or free
-        return free.place(asked) is not None
+        for other in self._packs.values():
+            if other.pack_id in self._unstarted:
+                free = free.place(other.resources, other.num_workers) or free
+        return free.place(pack.resources, pack.num_workers) is not None
 
     def _unreserved(self) -> Capacity:
         """The cluster without what our own packs and priors hold."""
@@ -221,7 +221,7 @@ class Dispatcher:
 
     def _held(self) -> list[Resources]:
         """The workers of our own packs and priors."""
-        held = [pack.resources for pack in self._packs.values()]
+        held = [worker for pack in self._packs.values() for worker in _workers(pack)]
         for _, task in self._priors.values():
             held += [Resources(task.num_cpus, task.num_gpus)] * task.num_workers
         return held
@@ -239,7 +239,13 @@ class Dispatcher:
         }
         priors = {prior.need.digest: self._prior_resources(prior) for prior in self._priors_waiting}
         waiting = {**packs, **priors}
-        self._request([*self._held(), *waiting.values()])
+        more = [
+            worker
+            for pack in self._packs_waiting
+            if pack.pack_id in packs
+            for worker in _workers(pack)[1:]
+        ]
+        self._request([*self._held(), *waiting.values(), *more])
         for name in sorted(self._patience.overdue(waiting, self._total, time.monotonic())):
             reason = f"no node with {waiting[name]} came up in time"
             if name in priors:
@@ -353,6 +359,10 @@ class Dispatcher:
 
 def _member(job: SubjectJob) -> Member:
     return Member(job.job_id, job.subject)
+
+
+def _workers(pack: PackPlan) -> list[Resources]:
+    return [pack.resources] * pack.num_workers
 
 
 def _done(refs: Iterable[Any]) -> list[Any]:

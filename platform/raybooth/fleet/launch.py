@@ -68,7 +68,7 @@ def new_monitor() -> Any:
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
 def run_pack(task: PackTask, monitor: Any) -> PackOutcome:
-    """One Ray Train run: `task` trained by one worker, restarted `max_failures` times at most.
+    """One Ray Train run: `task` trained by its workers, restarted `max_failures` times at most.
 
     Raises TrainingError with the last reason when it fails for good. The main thread of this
     task is inside `fit()`, so `ray.cancel` ends the run cleanly.
@@ -77,6 +77,7 @@ def run_pack(task: PackTask, monitor: Any) -> PackOutcome:
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from raybooth.fleet.full_worker import train_full_fn
     from raybooth.fleet.trainer import PackTrainer
     from raybooth.fleet.worker import train_pack_fn
 
@@ -84,10 +85,10 @@ def run_pack(task: PackTask, monitor: Any) -> PackOutcome:
     if task.resources.num_gpus:
         resources["GPU"] = task.resources.num_gpus
     trainer = PackTrainer(
-        train_pack_fn,
+        train_full_fn if task.is_full else train_pack_fn,
         train_loop_config={"task": task, "monitor": monitor},
         scaling_config=ScalingConfig(
-            num_workers=1,
+            num_workers=task.num_workers,
             use_gpu=bool(task.resources.num_gpus),
             resources_per_worker=resources,
         ),

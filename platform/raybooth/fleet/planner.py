@@ -57,8 +57,11 @@ class Capacity:
         """Workers of this kind that can run at once."""
         return sum(_workers_on(node, asked) for node in self.nodes)
 
-    def place(self, asked: Resources) -> Capacity | None:
-        """The capacity left once such a worker runs on the fullest node that takes it."""
+    def place(self, asked: Resources, count: int = 1) -> Capacity | None:
+        """The capacity left once `count` such workers run, each on the fullest node for it."""
+        if count > 1:
+            left = self.place(asked)
+            return None if left is None else left.place(asked, count - 1)
         fitting = [i for i, node in enumerate(self.nodes) if asked.fits(node)]
         if not fitting:
             return None
@@ -101,6 +104,8 @@ class PlanJob:
     prior: PriorNeed | None
     pack: PackConfig
     resources: ResourcesConfig
+    num_workers: int = 1
+    """Workers that share a full run."""
     base_prediction: bool = False
     """Whether prior rows learn what the base predicts, without prior images."""
 
@@ -121,7 +126,7 @@ class PlanJob:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Subjects that one worker trains together."""
+    """Subjects that one worker trains together, or one that several share in a full run."""
 
     pack_id: str
     job_ids: tuple[str, ...]
@@ -134,6 +139,9 @@ class PackPlan:
     memory_bytes: int
     priors: tuple[str, ...]
     """Digests of the missing priors that it must wait for."""
+
+    num_workers: int = 1
+    """Workers of `resources` each: more than one in a full run alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +202,9 @@ def resources_of(config: ResourcesConfig, capacity: Capacity) -> Resources:
 
 
 def _alike(job: PlanJob) -> tuple[object, ...]:
-    """What jobs must share to be trained in one pack."""
+    """What jobs must share to be trained in one pack; a full run has a process for itself."""
     return (
+        job.job_id if job.method == "full" else "",
         job.base,
         job.method,
         job.resolution,
@@ -232,6 +241,11 @@ def _limit(
     """Most jobs of this kind that one pack may hold."""
     asked = resources_of(group[0].resources, capacity)
     nodes = [node for node in capacity.nodes if asked.fits(node)]
+    workers = group[0].num_workers
+    if nodes and not can_grow and capacity.place(asked, workers) is None:
+        found = f"room for {capacity.num_workers(asked)}"
+        what = f"{group[0].job_id} asks {workers} workers of {asked}"
+        raise ClusterError(what, found, "lower full.num_workers, or use a larger cluster")
     if not nodes and not can_grow:
         cpus = max((node.num_cpus for node in capacity.nodes), default=0.0)
         gpus = max((node.num_gpus for node in capacity.nodes), default=0.0)
@@ -312,6 +326,7 @@ def _pack(members: Sequence[PlanJob], capacity: Capacity, pack_memory: PackMemor
         num_train_steps=max(job.num_steps_left for job in members),
         memory_bytes=pack_memory(members),
         priors=tuple(sorted(waiting)),
+        num_workers=members[0].num_workers,
     )
 
 

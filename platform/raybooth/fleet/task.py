@@ -59,6 +59,16 @@ class PackTask:
     max_failures: int
     folders: Folders
 
+    @property
+    def is_full(self) -> bool:
+        """Whether this is one subject's full run, not a pack of adapters."""
+        return self.members[0].subject.train.method == "full"
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of `resources` each."""
+        return self.members[0].subject.train.full.num_workers if self.is_full else 1
+
 
 @dataclass(frozen=True, slots=True)
 class PackOutcome:

@@ -107,7 +107,7 @@ def load_latest(
         except (_Damaged, OSError) as error:
             notes.append(f"checkpoint {record} is damaged ({error}); using the one before it")
             continue
-        _refuse_other_job(record, body["fields"], fields)
+        refuse_other_job(record, body["fields"], fields)
         curve_T3 = tensors.pop("curve_T3")
         flat_N = tensors.pop("flat_N")
         state = SlotState(
@@ -257,7 +257,7 @@ def _read(record: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _Damaged(f"the weights cannot be read: {error}") from error
 
 
-def _refuse_other_job(record: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_job(record: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     # Through JSON, so that tuples and lists compare as they were written.
     before, after = _flat(saved), _flat(json.loads(json.dumps(dict(now))))
     names = sorted(

@@ -154,7 +154,6 @@ def test_a_worker_is_placed_on_the_fullest_node_that_takes_it() -> None:
         replace(JOB, resolution=128),
         replace(JOB, precision="bf16"),
         replace(JOB, targets="attention"),
-        replace(JOB, method="full"),
         replace(JOB, pack=PackConfig(max_failures=0)),
         replace(JOB, resources=ResourcesConfig(num_cpus=2)),
     ],
@@ -283,3 +282,17 @@ def test_planning_needs_neither_torch_nor_ray() -> None:
     names = ", ".join(f"raybooth.fleet.{name}" for name in modules)
     code = f"import sys, {names}; assert not {{'torch', 'ray', 'rich'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_run_has_its_workers_for_itself() -> None:
+    full = replace(JOB, method="full", num_workers=2)
+    plan = plan_fleet([*jobs(2, full, "full"), *jobs(2)], cpus(4))
+    packs = {pack.job_ids: pack.num_workers for pack in plan.packs}
+    assert packs[("full-000",)] == packs[("full-001",)] == 2
+    assert all(count == 1 for ids, count in packs.items() if ids[0].startswith("job"))
+    one, two = cpus(1, 1).place(Resources(1.0), 2), cpus(3).place(Resources(2.0), 2)
+    assert one == cpus(0, 0)
+    assert two is None
+    with pytest.raises(ClusterError, match="asks 2 workers of 1 CPU: found room for 1"):
+        plan_fleet(jobs(1, full), cpus(1))
+    assert sizes(plan_fleet(jobs(1, full), cpus(1), can_grow=True)) == [1]

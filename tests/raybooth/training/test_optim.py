@@ -201,3 +201,9 @@ def test_lr_is_diffusers_get_scheduler(schedule: str, warmup: int) -> None:
         assert lr_at(config, step, 12) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+def test_paged_states_need_cuda() -> None:
+    config = OptimizerConfig(name="paged_adamw8bit")
+    with pytest.raises(ConfigError, match="needs CUDA's unified memory"):
+        SlotAdamW(torch.zeros(2, 4096)).join(1, config, torch.arange(4096), 4096)
