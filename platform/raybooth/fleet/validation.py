@@ -7,21 +7,12 @@ from pathlib import Path
 
 from raybooth.data.encode import SubjectTensors
 from raybooth.encoders import load_clip, load_image_encoder
-from raybooth.errors import SubjectError
 from raybooth.evaluation import Words
+from raybooth.fleet.held_out import held_out_problem
 from raybooth.model.base import Base
 from raybooth.subject import Subject
 from raybooth.training.pack import SlotJob
 from raybooth.training.validation import Validation, ValidationTask, hold_out
-
-
-def held_out_problem(subject: Subject) -> SubjectError | None:
-    """Why no photo would be left to train on."""
-    count = subject.train.validation.held_out_images
-    if count < len(subject.images):
-        return None
-    what = f"subject {subject.subject_id!r}: validation.held_out_images leaves nothing to train on"
-    return SubjectError(what, f"{count} of {len(subject.images)} photos", "hold out fewer")
 
 
 def split_photos(

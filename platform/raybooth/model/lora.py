@@ -20,24 +20,11 @@ from torch import Tensor, nn
 
 from raybooth.config.adapter import Targets, matches_target
 from raybooth.errors import BaseModelError, InputError
+from raybooth.model.targets import PRESETS as PRESETS
+from raybooth.model.targets import TEXT_PRESETS
 
 DENOISER = "unet"
 """The part of a base that every adapter moves; the others are its text encoders' folders."""
-
-PRESETS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "all": (
-        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-    ),
-}
-"""Module-name suffixes of a preset; those that a denoiser lacks are passed over."""
-
-TEXT_PRESETS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-}
-"""The same for CLIP text encoders."""
 
 CLASSIC = "text_model."
 """Names in a text encoder start with it; transformers 5.6 dropped it from one of two classes."""

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from raybooth.errors import RequestError
 
@@ -105,6 +104,8 @@ def plan_rows(scheduler_config: Mapping[str, Any], solver: str, num_steps: int) 
 
 
 def _plan_ddim(config: dict[str, Any], num_steps: int) -> RowPlan:
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler.from_config(config, **_DDIM)
     scheduler.set_timesteps(num_steps)
     t = scheduler.timesteps.numpy()[:num_steps]
@@ -120,6 +121,8 @@ def _plan_ddim(config: dict[str, Any], num_steps: int) -> RowPlan:
 
 
 def _plan_euler(config: dict[str, Any], num_steps: int) -> RowPlan:
+    from diffusers import EulerDiscreteScheduler
+
     scheduler = EulerDiscreteScheduler.from_config(config, **_EULER)
     scheduler.set_timesteps(num_steps)
     sigmas = _sigmas(scheduler, num_steps)
@@ -140,6 +143,8 @@ def _plan_euler(config: dict[str, Any], num_steps: int) -> RowPlan:
 
 
 def _plan_dpmpp2m(config: dict[str, Any], num_steps: int) -> RowPlan:
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler.from_config(config, **_DPM)
     scheduler.set_timesteps(num_steps)
     sigmas = _sigmas(scheduler, num_steps)
