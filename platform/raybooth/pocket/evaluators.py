@@ -171,13 +171,22 @@ def save_evaluator(model: Any, folder: Path) -> None:
     """Writes config.json, preprocessor_config.json and float16 model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    config = _without_paths(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(
         json.dumps(_IMAGES, indent=2) + "\n", encoding="utf-8"
     )
     half = {key: tensor.half().contiguous() for key, tensor in model.state_dict().items()}
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without the folder names of the machine that wrote it, in its parts too."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }
 
 
 def _train_embedder(
