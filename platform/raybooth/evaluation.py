@@ -90,6 +90,8 @@ class Sampling:
     guidance_scale: float = 7.5
     side: int | None = None
     """Pixels; none means the base's own resolution."""
+    zero_terminal_snr: bool = False
+    """As the model was trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def draw(base: Base, bank: Bank | None, slot: int, words: Words, sampling: Sampl
             height=sampling.side,
             width=sampling.side,
             slot=slot,
+            zero_terminal_snr=sampling.zero_terminal_snr,
         )
         for place, prompt in enumerate(prompts)
     ]

@@ -121,6 +121,11 @@ class ModelRecord(Strict):
         """`subject@version`."""
         return f"{self.subject_id}@{self.version}"
 
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether it was trained, and must be sampled, on the base's schedule rescaled so."""
+        return bool(self.train.get("objective", {}).get("zero_terminal_snr", False))
+
 
 class AdapterRecord(ModelRecord):
     """`record.json`: everything needed to know, serve and reproduce a published adapter."""

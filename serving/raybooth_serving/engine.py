@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -190,6 +190,8 @@ class Engine:
         """The adapter in host memory and each image's row at its first noise."""
         encode = self.prompts.encode
         rows = []
+        if record is not None and record.zero_terminal_snr:
+            requests = [replace(request, zero_terminal_snr=True) for request in requests]
         for request in requests:
             cond, uncond = encode(request.prompt), encode(request.negative_prompt)
             rows.append(start_row(self.base, request, cond=cond, uncond=uncond))

@@ -120,6 +120,7 @@ def _evaluate(
             num_inference_steps=config.samples.num_inference_steps,
             guidance_scale=config.samples.guidance_scale,
             side=config.resolution,
+            zero_terminal_snr=record.zero_terminal_snr,
         )
         report = folder / f"{_key(record, sampling, judges)}.json"
         if not report.exists():

@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_inference_steps=samples.num_inference_steps,
         guidance_scale=samples.guidance_scale,
         side=record.train.get("resolution"),
+        zero_terminal_snr=record.zero_terminal_snr,
     )
     scores = evaluate_record(base, record, photos, sampling, judges)
     document = describe(record, scores, sampling, judges, len(photos))

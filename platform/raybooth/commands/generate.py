@@ -91,6 +91,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             width=width,
             slot=0 if bank is None else 1,
             adapter_scale=arguments.adapter_scale,
+            zero_terminal_snr=record is not None and record.zero_terminal_snr,
         )
         for index in range(arguments.n)
     ]

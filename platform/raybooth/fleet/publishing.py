@@ -116,6 +116,7 @@ def draw_samples(base: Base, subject: Subject, bank: Bank | None, slot: int) -> 
             height=side,
             width=side,
             slot=slot,
+            zero_terminal_snr=subject.train.objective.zero_terminal_snr,
         )
         for prompt in subject.sample_prompts
     ]

@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """One image, as `StableDiffusionPipeline` would make it."""
@@ -52,6 +55,10 @@ class SampleRequest:
     width: int | None = None
     slot: int = 0
     adapter_scale: float = 1.0
+    zero_terminal_snr: bool = False
+    """For what was trained so (objective.zero_terminal_snr): the base's betas rescaled, and
+    denoise steps that begin at the last timestep (Lin et al. 2023)."""
+
 
 
 @dataclass(eq=False)
@@ -94,7 +101,10 @@ def start_row(
     if min(height, width) < factor or height % factor or width % factor:
         do = f"use multiples of {factor} pixels, {base.native_resolution} for example"
         raise RequestError("the base cannot make images of this size", f"{width}x{height}", do)
-    plan = plan_rows(base.scheduler_config, request.solver, request.num_inference_steps)
+    schedule = base.scheduler_config
+    if request.zero_terminal_snr:
+        schedule = {**schedule, **ZERO_TERMINAL_SNR}
+    plan = plan_rows(schedule, request.solver, request.num_inference_steps)
     shape = (1, base.latent_channels, height // factor, width // factor)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -301,6 +301,7 @@ class _Watched:
                 height=side,
                 width=side,
                 slot=slot,
+                zero_terminal_snr=self._train.objective.zero_terminal_snr and slot > 0,
             )
             for place, prompt in enumerate(prompts)
         ]

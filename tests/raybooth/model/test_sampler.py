@@ -269,3 +269,16 @@ def _apart(ours: Tensor, reference: Tensor) -> float:
 
 def _levels_apart(ours: Image.Image, reference: Image.Image) -> int:
     return int(np.abs(np.asarray(ours, int) - np.asarray(reference, int)).max())
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp2m"])
+def test_what_was_trained_to_zero_terminal_snr_is_sampled_so(
+    bases: dict[str, Base], solver: str
+) -> None:
+    """As a base of the same weights whose own schedule is rescaled and trailing."""
+    request = SampleRequest("a red cat", seed=3, num_inference_steps=4, solver=solver)
+    rescaled = replace(request, zero_terminal_snr=True)
+    (plain, found) = generate(bases["velocity"], None, [request, rescaled])
+    (expected, _) = generate(bases["zero_snr"], None, [request, request])
+    assert found.tobytes() == expected.tobytes()
+    assert found.tobytes() != plain.tobytes()
