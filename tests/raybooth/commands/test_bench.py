@@ -31,6 +31,7 @@ def test_two_subjects_become_the_paper_s_table(
     words = ["bench", "dreambench", str(folder), "--base", str(base), "--train", str(train)]
     words += ["--prompts", "2", "--images", "2", "--class-images", "1"]
     words += ["--image-encoder", str(image), "--clip", str(clip)]
+    capsys.readouterr()
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [one["subject"] for one in document["subjects"]] == ["red-dog@1", "vase@1"]
