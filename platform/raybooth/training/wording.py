@@ -38,9 +38,8 @@ class Wording:
 
     def cached(self, batches: Sequence[SlotBatch]) -> dict[str, Tensor]:
         """Conditioning [B, ...] of all rows by the base's own text encoders, on the device."""
-        device, dtype = self._base.device, self._base.dtype
-        return {
-            name: torch.cat([batch.conditioning[name] for batch in batches]).to(device, dtype)
+        return {  # fp32: a size of 1021 pixels is not a bf16 number
+            name: torch.cat([b.conditioning[name] for b in batches]).to(self._base.device)
             for name in batches[0].conditioning
         }
 

@@ -20,6 +20,7 @@ from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.model.lora import AdapterTensors
 from raybooth.subject import Subject
 from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.wording import Wording
 
 SIZES = {"rex": (56, 40), "bella": (36, 72)}
 """Width and height of each subject's photos."""
@@ -101,6 +102,21 @@ def test_a_pack_of_two_is_two_solo_runs(folder: Path, jobs: list[SlotJob]) -> No
         assert relative(flatten(adapters[job.job_id]), flatten(alone[job.job_id])) <= 1e-10
         assert largest(losses[job.job_id], own_losses[job.job_id]) <= 1e-10
         assert len(own_losses[job.job_id]) == 2
+
+
+def test_sizes_are_not_rounded_in_low_precision(folder: Path, jobs: list[SlotJob]) -> None:
+    base = load_base(str(folder), dtype=torch.bfloat16)
+    time_ids = torch.tensor([[1021.0, 683.0, 0.0, 347.0, 32.0, 32.0]])
+    tensors = replace(jobs[0].tensors, size_conditioning={"time_ids": time_ids.expand(3, 6)})
+    train = TrainConfig.model_validate({**TRAIN, "precision": "bf16"})
+    job = replace(jobs[0], tensors=tensors, train=train)
+    pack = Pack(base, [job])
+    rows = make_slot_batches(
+        tensors, train, "rex", 0, 0, num_train_timesteps=1000, scaling_factor=1.0
+    )
+    cond = Wording(base, pack.bank, [job]).cached(rows)
+    pack.close()
+    assert torch.equal(cond["time_ids"][:2], time_ids.expand(2, 6))
 
 
 def _train(
