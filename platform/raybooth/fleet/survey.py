@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
         schedule = family_of(folder).read_scheduler_config(folder)
     except InputError as error:
         problems.append(error)
+    problems.extend(_tracking_problems(fleet))
     warnings: list[str] = []
     for subject in fleet.subjects:
         problems.extend(photo_problems(subject, shape))
@@ -147,6 +149,13 @@ def size_problems(subject_id: str, side: int, shape: BaseShape) -> list[InputErr
     if side < shape.least_side:
         return [BaseModelError(what, f"{side}", f"use at least {shape.least_side} pixels")]
     return []
+
+
+def _tracking_problems(fleet: Fleet) -> list[InputError]:
+    """Trackers whose package is not here."""
+    missing = [name for name in fleet.tracking.trackers if find_spec(name) is None]
+    what = "tracking.trackers names what is not installed"
+    return [ConfigError(what, name, f"pip install 'raybooth[{name}]'") for name in missing]
 
 
 def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
