@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def jobs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[SlotJob]:
             Image.effect_noise(size, 40.0 + 20.0 * place).convert("RGB").save(photo)
         subject = Subject(subject_id, "dog", "sks", photos, train)
         tensors = encode_subject(base, subject, root / "encoded", priors=priors)
-        found.append(SlotJob(f"{subject_id}-job", subject_id, seed, train, tensors))
+        words = ("dog", "a photo of a dog")
+        found.append(SlotJob(f"{subject_id}-job", subject_id, seed, train, tensors, *words))
     return found
 
 
@@ -93,8 +95,19 @@ def test_each_row_has_its_own_words_and_sizes(
             assert (sizes[2:4] == [0, 0]) == is_prior
 
 
-def test_a_pack_of_two_is_two_solo_runs(folder: Path, jobs: list[SlotJob]) -> None:
+@pytest.mark.parametrize(
+    "adapter",
+    [{"rank": 2}, {"rank": 2, "text_targets": "attention", "identifier_tokens": 1}],
+    ids=["denoiser", "both text encoders and a learned identifier"],
+)
+def test_a_pack_of_two_is_two_solo_runs(
+    folder: Path, jobs: list[SlotJob], adapter: dict[str, Any]
+) -> None:
     base = load_base(str(folder), dtype=torch.float64)
+    for encoder in base.text_encoders.values():
+        encoder.double()
+    train = TrainConfig.model_validate({**TRAIN, "adapter": adapter})
+    jobs = [replace(job, train=train) for job in jobs]
     adapters, losses = _train(base, jobs)
     for job in jobs:
         alone, own_losses = _train(base, [job])
