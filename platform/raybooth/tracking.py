@@ -20,6 +20,9 @@ from raybooth.config.tracking import TrackerName, TrackingConfig
 Ending = Literal["published", "failed", "left"]
 """`left`: stopped in the middle; the same command goes on with it."""
 
+Points = Sequence[tuple[int, Mapping[str, float]]]
+"""Train step and the figures that were measured there."""
+
 _BATCH = 100
 """Most parameters that MLflow takes at once."""
 
@@ -42,6 +45,9 @@ class Run(Protocol):
 
     def picture(self, name: str, train_step: int, path: Path) -> None:
         """An image file."""
+
+    def validation(self, points: Points) -> None:
+        """Figures of earlier train steps, known when all is done; told after any picture."""
 
     def artifacts(self, paths: Sequence[Path]) -> None:
         """Files that belong to the result, where the tracker keeps files."""
@@ -93,6 +99,10 @@ class TensorBoardRun:
             pixels_HWC = np.asarray(image.convert("RGB"))
         self._writer.add_image(name, pixels_HWC, train_step, dataformats="HWC")
 
+    def validation(self, points: Points) -> None:
+        for train_step, values in points:
+            self.scalars(train_step, {f"validation/{k}": v for k, v in values.items()})
+
     def artifacts(self, paths: Sequence[Path]) -> None:
         """TensorBoard keeps no files: the store has them."""
 
@@ -131,7 +141,14 @@ class WandbRun:
         self._run.log(dict(values), step=train_step)
 
     def picture(self, name: str, train_step: int, path: Path) -> None:
-        self._run.log({name: self._wandb.Image(str(path))}, step=train_step)
+        self._run.log({name: self._wandb.Image(str(path))}, step=train_step, commit=True)
+
+    def validation(self, points: Points) -> None:
+        step = "validation/train_step"  # W&B's own step never goes back
+        self._run.define_metric("validation/*", step_metric=step)
+        for train_step, values in points:
+            named = {f"validation/{name}": value for name, value in values.items()}
+            self._run.log({step: train_step, **named})
 
     def artifacts(self, paths: Sequence[Path]) -> None:
         artifact = self._wandb.Artifact(self._subject_id, type="model")
@@ -151,10 +168,10 @@ class MlflowRun:
 
     def __init__(self, config: TrackingConfig, folder: Path, identity: RunIdentity) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
 
+        for name in ("mlflow", "alembic"):  # which set their own levels when they are imported
+            logging.getLogger(name).setLevel(logging.WARNING)
         uri = config.mlflow_uri or f"sqlite:///{folder / 'mlflow.db'}"
         self._client: Any = MlflowClient(tracking_uri=uri)
         experiment = self._experiment(config, folder)
@@ -192,6 +209,10 @@ class MlflowRun:
 
     def picture(self, name: str, train_step: int, path: Path) -> None:
         self._client.log_artifact(self._id, str(path), artifact_path="pictures")
+
+    def validation(self, points: Points) -> None:
+        for train_step, values in points:
+            self.scalars(train_step, {f"validation/{k}": v for k, v in values.items()})
 
     def artifacts(self, paths: Sequence[Path]) -> None:
         for path in paths:

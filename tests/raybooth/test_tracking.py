@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ def tell(config: TrackingConfig, folder: Path, picture: Path) -> None:
     first.scalars(3, {"loss": 0.25, "grad_norm": 2.0})
     first.flush()
     first.close("left")
+    if tracker == "wandb":
+        time.sleep(1.1)  # it names an offline run's folder by the second
     second = open_run(tracker, config, folder, REX, new=False)
     second.scalars(5, {"loss": 0.125})
     second.picture("samples", 5, picture)
+    second.validation([(2, {"loss": 0.75}), (4, {"loss": 0.5, "dino": 0.25})])
     second.artifacts([picture])
     second.flush()
     second.close("published")
@@ -48,6 +52,8 @@ def test_tensorboard_reads_its_files(tmp_path: Path, picture: Path) -> None:
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (3, 0.25), (5, 0.125)]
     assert [e.step for e in events.Scalars("grad_norm")] == [3]
+    assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(2, 0.75), (4, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/dino")] == [(4, 0.25)]
     (shown,) = events.Images("samples")
     assert (shown.step, shown.width, shown.height) == (5, 4, 3)
     (text,) = events.Tensors("config/text_summary")
@@ -67,6 +73,8 @@ def test_mlflow_keeps_one_run_in_its_sqlite_file(tmp_path: Path, picture: Path) 
     assert run.data.params == {"base": "tiny", "train.rank": "4", "train.words": "['a']"}
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (3, 0.25), (5, 0.125)]
+    history = client.get_metric_history(run.info.run_id, "validation/loss")
+    assert [(m.step, m.value) for m in history] == [(2, 0.75), (4, 0.5)]
     files = {f.name for f in (folder / "mlflow").rglob("*") if f.is_file()}
     assert files == {"samples.png"}
     kept = [a.path for a in client.list_artifacts(run.info.run_id)]
@@ -78,12 +86,18 @@ def test_wandb_keeps_an_offline_run_of_the_jobs_id(tmp_path: Path, picture: Path
     tell(config, tmp_path / "t", picture)
     folders = sorted((tmp_path / "t" / "wandb").glob("offline-run-*-rex-0123abcd"))
     assert len(folders) == 2
-    history = [entry for folder in folders for entry in wandb_history(folder)]
+    deadline = time.monotonic() + 30
+    history: list[dict[str, Any]] = []
+    while len(history) < 5 and time.monotonic() < deadline:  # W&B's own process writes the files
+        time.sleep(0.1)
+        history = [entry for folder in folders for entry in wandb_history(folder)]
     losses = [(entry["_step"], entry["loss"]) for entry in history if "loss" in entry]
     assert losses == [(1, 0.5), (3, 0.25), (5, 0.125)]
     assert [entry["_step"] for entry in history if any(k.startswith("samples") for k in entry)] == [
         5
     ]
+    places = [e["validation/train_step"] for e in history if "validation/loss" in e]
+    assert places == [2, 4]
     pictures = [path for path in folders[1].rglob("*.png") if "media" in path.parts]
     assert len(pictures) == 1
 

@@ -11,7 +11,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,7 +23,8 @@ from raybooth.fleet.events import Event, NoteEvent, StateEvent, StepEvent
 from raybooth.fleet.live import View
 from raybooth.fleet.progress import Progress
 from raybooth.store import RECORD, SAMPLES, AdapterRecord, Store
-from raybooth.tracking import Ending, Run, RunIdentity, open_run
+from raybooth.tracking import Ending, Points, Run, RunIdentity, open_run
+from raybooth.validation_record import ValidationRecord
 
 if TYPE_CHECKING:
     from raybooth.fleet.survey import SubjectJob, Survey
@@ -93,15 +95,29 @@ class TrackedView:
         names = [RECORD]
         if isinstance(record, AdapterRecord):  # every weight of a base is too much to upload
             names += [name for name in record.files if name != SAMPLES]
+        result = Result(
+            record.num_train_steps or 0,
+            folder / SAMPLES if SAMPLES in record.files else None,
+            _points(record.validation),
+            [folder / name for name in names],
+        )
         for lane in self._lanes:
-            samples = folder / SAMPLES if SAMPLES in record.files else None
-            files = [folder / name for name in names]
-            lane.publish(identity, record.num_train_steps or 0, samples, files)
+            lane.publish(identity, result)
 
     def _tell(self) -> None:
         for lane in self._lanes:
             if trouble := lane.new_trouble():
                 self._view.show(NoteEvent(trouble))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a published subject leaves in its run."""
+
+    train_step: int
+    samples: Path | None
+    validation: Points
+    files: Sequence[Path]
 
 
 class Lane:
@@ -122,11 +138,9 @@ class Lane:
         if self._waiting.qsize() < MAX_WAITING:
             self._put(partial(self._log, identity, train_step, values))
 
-    def publish(
-        self, identity: RunIdentity, train_step: int, samples: Path | None, files: list[Path]
-    ) -> None:
-        """The result's picture and files; the run has ended well."""
-        self._put(partial(self._publish, identity, train_step, samples, files))
+    def publish(self, identity: RunIdentity, result: Result) -> None:
+        """The result's picture, validation and files; the run has ended well."""
+        self._put(partial(self._publish, identity, result))
 
     def end(self, identity: RunIdentity, ending: Ending) -> None:
         """The run has ended."""
@@ -180,16 +194,15 @@ class Lane:
         self._mark(identity.job_id, train_step)  # first: killed here, a point lacks, none doubles
         run.scalars(train_step, {k: v for k, v in values.items() if math.isfinite(v)})
 
-    def _publish(
-        self, identity: RunIdentity, train_step: int, samples: Path | None, files: list[Path]
-    ) -> None:
+    def _publish(self, identity: RunIdentity, result: Result) -> None:
         if not self._last(identity.job_id):  # told already, or trained where nobody told
             return
         run = self._run(identity)
         self._mark(identity.job_id, None)
-        if samples is not None:
-            run.picture("samples", train_step, samples)
-        run.artifacts(files)
+        if result.samples is not None:
+            run.picture("samples", result.train_step, result.samples)
+        run.validation(result.validation)
+        run.artifacts(result.files)
         self._close(identity, "published")
 
     def _close(self, identity: RunIdentity, ending: Ending) -> None:
@@ -243,3 +256,14 @@ def _config(survey: Survey, job: SubjectJob) -> dict[str, Any]:
         "photos": [path.name for path in subject.images],
         "train": subject.train.model_dump(mode="json"),
     }
+
+
+def _points(validation: ValidationRecord | None) -> Points:
+    """Every figure that was measured between train steps."""
+    if validation is None:
+        return []
+    points = []
+    for point in validation.points:
+        figures = point.model_dump(exclude={"train_step"}, exclude_none=True)
+        points.append((point.train_step, {name: float(value) for name, value in figures.items()}))
+    return points

@@ -23,7 +23,8 @@ from raybooth.tracking import RunIdentity
 
 @pytest.fixture
 def survey(tmp_path: Path, tiny_base: Path, folders: Folders) -> Survey:
-    return survey_of(write_fleet(tmp_path, tiny_base, {"rex": {}, "tom": {}}), folders)
+    train = {"validation": {"every_steps": 2}}
+    return survey_of(write_fleet(tmp_path, tiny_base, {"rex": {}, "tom": {}}, train), folders)
 
 
 def curve(home: Path, job_id: str, name: str = "loss") -> list[int]:
@@ -56,6 +57,7 @@ def test_a_pack_becomes_one_run_for_each_subject(survey: Survey, folders: Folder
         run.Reload()
         assert [image.step for image in run.Images("samples")] == [4]
         (text,) = run.Tensors("config/text_summary")
+        assert [e.step for e in run.Scalars("validation/loss")] == [2, 4]
         assert job.subject.subject_id.encode() in text.tensor_proto.string_val[0]
 
 
