@@ -82,6 +82,7 @@ def _document(survey: Survey, plan: FleetPlan, published: dict[str, str]) -> dic
             {
                 "pack_id": pack.pack_id,
                 "subjects": [subjects[job_id] for job_id in pack.job_ids],
+                "num_workers": pack.num_workers,
                 "num_cpus": pack.resources.num_cpus,
                 "num_gpus": pack.resources.num_gpus,
                 "num_rows": pack.num_rows,
@@ -126,7 +127,7 @@ def _show(survey: Survey, plan: FleetPlan, published: dict[str, str]) -> None:
             packs.add_row(
                 pack.pack_id,
                 ", ".join(entry["subjects"]),
-                str(pack.resources),
+                f"{pack.num_workers} of " * (pack.num_workers > 1) + str(pack.resources),
                 str(pack.num_rows),
                 str(pack.num_train_steps),
                 f"{pack.memory_bytes / 2**30:.1f} GiB",

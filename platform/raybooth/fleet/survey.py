@@ -5,6 +5,7 @@ Loads no weights: a tokenizer, JSON configs and safetensors headers are enough.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from raybooth.errors import (
     InputProblems,
     SubjectError,
 )
+from raybooth.fleet.machine import this_machine
 from raybooth.fleet.memory import (
     BaseShape,
     SlotShape,
@@ -66,6 +68,7 @@ class SubjectJob:
             prior=self._prior_need(),
             pack=train.pack,
             resources=train.resources,
+            num_workers=train.full.num_workers,
             base_prediction=train.prior.kind == "base_prediction",
         )
 
@@ -122,6 +125,7 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
     problems.extend(_tracking_problems(fleet))
     warnings: list[str] = []
     for subject in fleet.subjects:
+        problems.extend(_matrix_problems(subject))
         problems.extend(photo_problems(subject, shape))
         problems.extend(sidecar_problems(subject))
         warnings.extend(sidecar_warnings(subject))
@@ -156,6 +160,20 @@ def _tracking_problems(fleet: Fleet) -> list[InputError]:
     missing = [name for name in fleet.tracking.trackers if find_spec(name) is None]
     what = "tracking.trackers names what is not installed"
     return [ConfigError(what, name, f"pip install 'raybooth[{name}]'") for name in missing]
+
+
+def _matrix_problems(subject: Subject) -> list[InputError]:
+    """Why this ZeRO stage, optimiser and offload cannot be trained on the devices asked for."""
+    from raybooth.training.full_matrix import cell_of, reason_against
+
+    num_gpus = subject.train.resources.num_gpus
+    may_have_gpus = bool(os.environ.get("RAY_ADDRESS")) or this_machine().has_gpus
+    on_gpu = may_have_gpus if num_gpus is None else num_gpus > 0
+    reason = reason_against(cell_of(subject.train), "cuda" if on_gpu else "cpu")
+    if reason is None:
+        return []
+    what = f"subject {subject.subject_id!r}: this combination cannot be trained"
+    return [ConfigError(what, str(cell_of(subject.train)), reason)]
 
 
 def _target_problems(subject: Subject, shape: BaseShape) -> list[InputError]:
