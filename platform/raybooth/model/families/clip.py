@@ -69,12 +69,18 @@ def load_clip_tokenizer(part: Path) -> Any:
 
 
 def clip_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ids and mask [N, T] of each prompt, padded to T or cut there."""
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return tokens.input_ids, tokens.attention_mask
+    """Ids and mask [N, T] of each prompt, padded to T or cut there.
+
+    Padded and cut here: a fast tokenizer asked to do so keeps that as its state, and another
+    thread that counts tokens meanwhile would see it (or fail with "Already borrowed").
+    """
+    import torch
+
+    length, end, pad = tokenizer.model_max_length, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids_NT = torch.full((len(prompts), length), pad)
+    mask_NT = torch.zeros_like(ids_NT)
+    for row, ids in enumerate(tokenizer(list(prompts), verbose=False).input_ids):
+        kept = ids if len(ids) <= length else [*ids[: length - 1], end]
+        ids_NT[row, : len(kept)] = torch.tensor(kept)
+        mask_NT[row, : len(kept)] = 1
+    return ids_NT, mask_NT
