@@ -30,6 +30,7 @@ from raybooth.model.sampler import SampleRequest, generate
 if TYPE_CHECKING:
     from raybooth.model.bank import Bank
     from raybooth.model.base import Base
+    from raybooth.model.text_adapter import TextAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,14 @@ class Samples:
     of_class: tuple[Image.Image, ...]
 
 
-def draw(base: Base, bank: Bank | None, slot: int, words: Words, sampling: Sampling) -> Samples:
+def draw(
+    base: Base,
+    bank: Bank | None,
+    slot: int,
+    words: Words,
+    sampling: Sampling,
+    text: TextAdapter | None = None,
+) -> Samples:
     """All pictures in mixed batches: image i of prompt p has seed + p * images_per_prompt + i."""
     prompts = [words.fill(t) for t in sampling.prompts for _ in range(sampling.images_per_prompt)]
     prompts += [words.fill(sampling.class_prompt)] * sampling.class_images
@@ -117,6 +125,7 @@ def draw(base: Base, bank: Bank | None, slot: int, words: Words, sampling: Sampl
             width=sampling.side,
             slot=slot,
             zero_terminal_snr=sampling.zero_terminal_snr,
+            text=text,
         )
         for place, prompt in enumerate(prompts)
     ]

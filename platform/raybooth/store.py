@@ -30,6 +30,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 LEARNED = "learned_embeds.safetensors"
 """Token embeddings that a subject learned, where it did; diffusers' own name."""
 
+LEARNED = "learned_embeds.safetensors"
 SAMPLES = "samples.png"
 RECORD = "record.json"
 ALIASES = "aliases.json"
@@ -133,6 +134,12 @@ class AdapterRecord(ModelRecord):
     kind: Literal["adapter"] = "adapter"
     rank: int
     targets: str | tuple[str, ...]
+    text_targets: str | tuple[str, ...] | None = None
+    """Sites in the text encoders; None where it leaves them as they are."""
+
+    identifier_tokens: int = 0
+    """Learned tokens that `identifier` names, in LEARNED; 0 where it is a word of the base."""
+
     imported: ImportRecord | None = None
     """Where the adapter came from; None when RayBooth trained it."""
 

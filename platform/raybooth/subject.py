@@ -25,6 +25,7 @@ from raybooth.config import (
     parse_config,
     problems_of,
 )
+from raybooth.config.adapter import learned_identifier
 from raybooth.errors import InputError, InputProblems, SubjectError
 from raybooth.sidecar import caption_file, is_mask, mask_file, read_caption
 
@@ -267,6 +268,11 @@ def _resolve(
     if is_lost or class_noun is None or config is None:
         return None
     identifier = subject.identifier or defaults.identifier
+    if config.adapter.identifier_tokens:
+        identifier = learned_identifier(subject.id)
+        if subject.identifier not in (None, identifier):
+            what = f"subject {subject.id!r}: identifier has no effect with identifier_tokens"
+            problems.append(SubjectError(what, f"{subject.identifier}", f"it is {identifier}"))
     return Subject(subject.id, class_noun, identifier, images, config)
 
 

@@ -88,7 +88,7 @@ class Engine:
         self.metrics = EngineMetrics()
         self.loader = Loader(
             store,
-            base.fingerprint,
+            base,
             max_rank=config.max_rank,
             max_adapters=config.max_host_adapters,
             metrics=self.metrics,
@@ -188,14 +188,17 @@ class Engine:
         self, record: AdapterRecord | None, requests: Sequence[SampleRequest]
     ) -> tuple[HostAdapter | None, list[Row]]:
         """The adapter in host memory and each image's row at its first noise."""
-        encode = self.prompts.encode
+        adapter = None if record is None else self.loader.load(record)
         rows = []
         if record is not None and record.zero_terminal_snr:
             requests = [replace(request, zero_terminal_snr=True) for request in requests]
         for request in requests:
-            cond, uncond = encode(request.prompt), encode(request.negative_prompt)
+            cond, uncond = (
+                self.prompts.encode(prompt, adapter, request.adapter_scale)
+                for prompt in (request.prompt, request.negative_prompt)
+            )
             rows.append(start_row(self.base, request, cond=cond, uncond=uncond))
-        return None if record is None else self.loader.load(record), rows
+        return adapter, rows
 
     def _enqueue(self, adapter: HostAdapter | None, row: Row) -> _Image:
         done: asyncio.Future[GeneratedImage] = asyncio.get_running_loop().create_future()

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from raybooth.config import Precision, ServeConfig
+from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest
-from raybooth.store import Store
+from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import (
     ImageData,
     ImagesRequest,
@@ -56,7 +57,7 @@ class Service:
         """The images of `request`, or the error that says why not."""
         check_limits(request, self.config.limits)
         record = await asyncio.to_thread(self.catalog.resolve, request.model)
-        samples = self._samples(request)
+        samples = self._samples(request, record)
         timeout_s = self.config.limits.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -84,13 +85,16 @@ class Service:
         """Raises ServingError when the engine has died."""
         self.engine.check_health()
 
-    def _samples(self, request: ImagesRequest) -> list[SampleRequest]:
+    def _samples(self, request: ImagesRequest, record: AdapterRecord | None) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""
         defaults = self.config.defaults
         width, height = parse_size(request.size, self.base.native_resolution)
         self._check_pixels(width, height)
         for name in ("prompt", "negative_prompt"):
-            cut = cut_tokens(self.base.tokenizer, getattr(request, name))
+            prompt = getattr(request, name)
+            if record is not None:
+                prompt = countable(prompt, record.identifier, record.identifier_tokens)
+            cut = cut_tokens(self.base.tokenizer, prompt)
             if cut:
                 found = f"these tokens would be cut: {' '.join(cut[:20])}{' ...' * (len(cut) > 20)}"
                 raise ParameterError(name, f"{name} is too long for this base", found, "shorten it")

@@ -13,7 +13,7 @@ from tests.raybooth_serving.published import publish, random_adapter, weights_of
 def loader(base: Base, store: Store, max_adapters: int = 8) -> Loader:
     return Loader(
         store,
-        base.fingerprint,
+        base,
         max_rank=4,
         max_adapters=max_adapters,
         metrics=EngineMetrics(),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from raybooth.config import EngineConfig, SamplingDefaults
+from raybooth.config.adapter import countable
 from raybooth.errors import BaseModelError, InputError, NotPublishedError, RequestError, StoreError
 from raybooth.home import store_folder
-from raybooth.store import WEIGHTS, FullRecord, Record, Store
+from raybooth.store import LEARNED, WEIGHTS, AdapterRecord, FullRecord, Record, Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from raybooth.model.bank import Bank
     from raybooth.model.base import Base
     from raybooth.model.sampler import SampleRequest
+    from raybooth.model.text_adapter import TextAdapter
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SEED = 2**63 - 1
@@ -73,7 +75,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     revision = None if arguments.base else revision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(source, revision=revision, device=device)
+    text = text_of(base, record)
     for prompt in (arguments.prompt, arguments.negative_prompt):
+        if isinstance(record, AdapterRecord):
+            prompt = countable(prompt, record.identifier, record.identifier_tokens)
         if cut := cut_tokens(base, prompt):
             found = f"these tokens would be cut: {' '.join(cut[:20])}"
             raise RequestError("a prompt is too long for this base", found, "shorten it")
@@ -92,6 +97,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             slot=0 if bank is None else 1,
             adapter_scale=arguments.adapter_scale,
             zero_terminal_snr=record is not None and record.zero_terminal_snr,
+            text=text,
         )
         for index in range(arguments.n)
     ]
@@ -153,7 +159,7 @@ def take_on(base: Base, record: Record) -> Bank | None:
     """
     from raybooth.model.bank import Bank
     from raybooth.model.full_weights import load_full
-    from raybooth.model.lora import find_sites, load_adapter
+    from raybooth.model.lora import denoiser_part, find_sites, load_adapter
 
     if record.base.fingerprint != base.fingerprint:
         raise BaseModelError(
@@ -173,8 +179,20 @@ def take_on(base: Base, record: Record) -> Bank | None:
         num_slots=1,
         device=base.device,
     )
-    bank.write(1, load_adapter(folder / WEIGHTS))
+    bank.write(1, denoiser_part(load_adapter(folder / WEIGHTS)))
     return bank
+
+
+def text_of(base: Base, record: Record | None) -> TextAdapter | None:
+    """What prompts mean to the published subject, where not what they mean to the base."""
+    from raybooth.model.lora import load_adapter
+    from raybooth.model.text_adapter import load_text_adapter
+
+    if not isinstance(record, AdapterRecord):
+        return None
+    folder = Store(store_folder()).folder(record.reference)
+    learned = folder / LEARNED if LEARNED in record.files else None
+    return load_text_adapter(base, load_adapter(folder / WEIGHTS), learned)
 
 
 def _columns(count: int) -> int:

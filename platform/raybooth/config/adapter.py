@@ -64,6 +64,15 @@ def matches_target(site: str, pattern: str) -> bool:
     return fnmatchcase(site, pattern) or fnmatchcase(site, "*." + pattern)
 
 
+def countable(prompt: str, identifier: str, identifier_tokens: int) -> str:
+    """`prompt` with a word of one token for each learned one, for tokenizers without them."""
+    return (
+        prompt.replace(identifier, " ".join("a" * identifier_tokens))
+        if identifier_tokens
+        else prompt
+    )
+
+
 def learned_identifier(subject_id: str) -> str:
     """What prompts call a subject that learns its own tokens; no base has a token of that name."""
     return f"<{subject_id}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from raybooth.config.adapter import countable
 from raybooth.errors import InputError, SubjectError
 from raybooth.fleet.memory import BaseShape
 from raybooth.sidecar import caption_file, mask_file
@@ -45,6 +46,7 @@ def caption_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
         except SubjectError as error:
             problems.append(SubjectError(whose + error.what, error.found, error.do))
             continue
+        words = countable(words, subject.identifier, subject.train.adapter.identifier_tokens)
         if caption_file(image).exists() and (cut := cut_tokens(tokenizer, words)):
             found = f"{len(cut)} tokens that would be cut: {' '.join(cut)}"
             what = f"{whose}the caption {caption_file(image)} is too long"

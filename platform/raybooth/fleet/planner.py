@@ -108,6 +108,9 @@ class PlanJob:
     """Workers that share a full run."""
     base_prediction: bool = False
     """Whether prior rows learn what the base predicts, without prior images."""
+    text_targets: str | tuple[str, ...] | None = None
+    identifier_tokens: int = 0
+    """Learned tokens; words that train differently are encoded in different packs."""
 
     @property
     def num_rows(self) -> int:
@@ -211,6 +214,8 @@ def _alike(job: PlanJob) -> tuple[object, ...]:
         job.precision,
         job.gradient_checkpointing,
         job.targets,
+        job.text_targets,
+        job.identifier_tokens,
         job.pack,
         job.resources,
     )

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from raybooth.fleet.sheet import contact_sheet
+from raybooth.model.learned import save_learned
 from raybooth.model.lora import save_adapter
 from raybooth.model.sampler import SampleRequest, generate
 from raybooth.store import (
+    LEARNED,
     SAMPLES,
     WEIGHTS,
     AdapterRecord,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from raybooth.data.prior import PriorTensors
     from raybooth.model.bank import Bank
     from raybooth.model.base import Base
+    from raybooth.model.text_adapter import TextAdapter
     from raybooth.subject import Subject
     from raybooth.training.pack import Pack, SlotJob
     from raybooth.training.validation import Validation
@@ -60,7 +63,9 @@ def publish_adapter(
     """
     adapter = pack.adapter(job.job_id)
     start = time.perf_counter()
-    images = draw_samples(base, subject, pack.bank, pack.slot(job.job_id))
+    text = pack.text_adapter(job.job_id)
+    learned = text.learned if text is not None else None
+    images = draw_samples(base, subject, pack.bank, pack.slot(job.job_id), text)
     sheet = contact_sheet(images, subject.sample_prompts) if images else None
     sampled_s = round(time.perf_counter() - start, 3)
     state = pack.state(job.job_id)
@@ -76,7 +81,10 @@ def publish_adapter(
         base=BaseRecord(name=base.name, fingerprint=base.fingerprint, revision=revision),
         rank=subject.train.adapter.rank,
         targets=subject.train.adapter.targets,
-        num_parameters=sum(part.numel() for pair in adapter.values() for part in pair),
+        text_targets=subject.train.adapter.text_targets,
+        identifier_tokens=subject.train.adapter.identifier_tokens,
+        num_parameters=sum(part.numel() for pair in adapter.values() for part in pair)
+        + sum(vectors.numel() for vectors in (learned.vectors.values() if learned else ())),
         train=subject.train.model_dump(mode="json"),
         photos=tuple(
             PhotoRecord(name=path.name, sha256=digest)
@@ -95,6 +103,9 @@ def publish_adapter(
         weights, samples = Path(name) / WEIGHTS, Path(name) / SAMPLES
         save_adapter(weights, adapter, subject.train.adapter.scale)
         files = {WEIGHTS: weights}
+        if learned is not None:
+            files[LEARNED] = Path(name) / LEARNED
+            save_learned(files[LEARNED], learned)
         if sheet is not None:
             sheet.save(samples)
             files[SAMPLES] = samples
@@ -103,7 +114,9 @@ def publish_adapter(
         return store.publish(record, files)
 
 
-def draw_samples(base: Base, subject: Subject, bank: Bank | None, slot: int) -> list[Image.Image]:
+def draw_samples(
+    base: Base, subject: Subject, bank: Bank | None, slot: int, text: TextAdapter | None = None
+) -> list[Image.Image]:
     """The subject's sample prompts, drawn by its slot with the subject's own seed."""
     config, side = subject.train.samples, subject.train.resolution
     requests = [
@@ -117,6 +130,7 @@ def draw_samples(base: Base, subject: Subject, bank: Bank | None, slot: int) -> 
             width=side,
             slot=slot,
             zero_terminal_snr=subject.train.objective.zero_terminal_snr,
+            text=text,
         )
         for prompt in subject.sample_prompts
     ]

@@ -125,7 +125,15 @@ class PackWorker:
             try:
                 encoded = encode_subject(base, subject, folders.encoded, priors=priors)
                 tensors, self._held_out[job_id] = split_photos(subject, encoded)
-                job = SlotJob(job_id, subject.subject_id, subject.seed, subject.train, tensors)
+                job = SlotJob(
+                    job_id,
+                    subject.subject_id,
+                    subject.seed,
+                    subject.train,
+                    tensors,
+                    subject.class_noun,
+                    subject.class_prompt,
+                )
                 state = load_latest(folders.checkpoints / job_id, job_fields(base, job)).state
             except (RayBoothError, OSError) as error:
                 self._fail(job_id, error)

@@ -79,8 +79,9 @@ def with_tokens(tokenizers: Mapping[str, Any], name: str, num_tokens: int) -> di
     extended = {key: copy.deepcopy(tokenizer) for key, tokenizer in tokenizers.items()}
     for tokenizer in extended.values():
         for token in token_names(name, num_tokens):
-            if tokenizer.add_tokens(token) != 1:
+            if token in tokenizer.get_vocab():
                 raise BaseModelError("the base has a token of that name", token)
+            tokenizer.add_tokens(token)
     return extended
 
 

@@ -24,6 +24,7 @@ from raybooth.model.bank import Bank
 from raybooth.model.base import Base, Conditioning, decode_latents, encode_prompts, predict
 from raybooth.model.generation import GENERATOR_VERSION
 from raybooth.model.solver import RowPlan, plan_rows
+from raybooth.model.text_adapter import TextAdapter
 
 __all__ = [
     "GENERATOR_VERSION",
@@ -59,6 +60,8 @@ class SampleRequest:
     """For what was trained so (objective.zero_terminal_snr): the base's betas rescaled, and
     denoise steps that begin at the last timestep (Lin et al. 2023)."""
 
+    text: TextAdapter | None = None
+    """What both prompts mean to the slot's subject; None: what the base makes of them."""
 
 
 @dataclass(eq=False)
@@ -109,7 +112,7 @@ def start_row(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     latents_CHW = (noise * plan.init_scale)[0].to(base.device)
-    cond = cond or encode_prompts(base, [request.prompt])
+    cond = cond or _encode(base, request, request.prompt)
     if request.guidance_scale <= 1.0:
         uncond = cond  # diffusers does not guide then; the row's place in the batch stays
     elif base.negative_is_zeros and not request.negative_prompt:
@@ -121,7 +124,7 @@ def start_row(
         latents_CHW=latents_CHW,
         x0_prev_CHW=torch.zeros_like(latents_CHW),
         cond=_on(base, {**cond, **sizes}),
-        uncond=_on(base, {**(uncond or encode_prompts(base, [request.negative_prompt])), **sizes}),
+        uncond=_on(base, {**(uncond or _encode(base, request, request.negative_prompt)), **sizes}),
         guidance=request.guidance_scale,
         slot=request.slot,
         adapter_scale=request.adapter_scale,
@@ -193,14 +196,17 @@ def generate(
     images: dict[int, Image.Image] = {}
     total = sum(request.num_inference_steps for request in requests)
     done = 0
-    encoded: dict[str, dict[str, Tensor]] = {}
+    encoded: dict[tuple[object, ...], Conditioning] = {}
+
+    def encode(request: SampleRequest, prompt: str) -> Conditioning:
+        key = (prompt, request.text, request.text and request.adapter_scale)
+        if key not in encoded:
+            encoded[key] = _encode(base, request, prompt)
+        return encoded[key]
 
     def start(request: SampleRequest) -> Row:
-        for prompt in (request.prompt, request.negative_prompt):
-            if prompt not in encoded:
-                encoded[prompt] = encode_prompts(base, [prompt])
-        cond, uncond = encoded[request.prompt], encoded[request.negative_prompt]
-        return start_row(base, request, cond=cond, uncond=uncond)
+        cond = encode(request, request.prompt)
+        return start_row(base, request, cond=cond, uncond=encode(request, request.negative_prompt))
 
     for places in _by_size(base, requests):
         waiting, active = list(places), dict[int, Row]()
@@ -223,6 +229,12 @@ def generate(
 def row_image(base: Base, row: Row) -> Image.Image:
     """The picture of a row that is done."""
     return Image.fromarray(decode_latents(base, row.latents_CHW[None])[0].numpy())
+
+
+def _encode(base: Base, request: SampleRequest, prompt: str) -> Conditioning:
+    if request.text is None:
+        return encode_prompts(base, [prompt])
+    return request.text.encode(prompt, request.adapter_scale)
 
 
 def _on(base: Base, conditioning: Conditioning) -> Conditioning:

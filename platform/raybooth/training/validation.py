@@ -290,6 +290,7 @@ class _Watched:
         return values
 
     def _draw(self, pack: Pack, prompts: Sequence[str], slot: int) -> list[Image.Image]:
+        text = pack.text_adapter(self.task.job.job_id) if slot else None
         config, side = self._train.samples, self._train.resolution
         requests = [
             SampleRequest(
@@ -302,6 +303,7 @@ class _Watched:
                 width=side,
                 slot=slot,
                 zero_terminal_snr=self._train.objective.zero_terminal_snr and slot > 0,
+                text=text,
             )
             for place, prompt in enumerate(prompts)
         ]
