@@ -87,7 +87,6 @@ class FullWorker:
         outcome = train_full(
             base,
             job,
-            self._subject.class_prompt,
             checkpoint_root=self._task.folders.checkpoints,
             on_start=self._on_start,
             on_report=self._on_report,
@@ -109,7 +108,8 @@ class FullWorker:
 
         task = self._task
         torch.set_num_threads(max(1, int(task.resources.num_cpus)))
-        device = "cuda" if task.resources.num_gpus else "cpu"
+        # Ray Train lets the workers of a node see all of its GPUs.
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if task.resources.num_gpus else "cpu"
         base = load_base(task.base, revision=task.revision, device=device)
         if base.fingerprint != task.base_fingerprint:
             raise BaseModelError(
@@ -132,7 +132,14 @@ class FullWorker:
 
         first = self._together(lambda: encode() if self._is_first else None)
         tensors = self._together(lambda: encode() if first is None else first)
-        return SlotJob(self._job_id, subject.subject_id, subject.seed, subject.train, tensors)
+        return SlotJob(
+            self._job_id,
+            subject.subject_id,
+            subject.seed,
+            subject.train,
+            tensors,
+            class_prompt=subject.class_prompt,
+        )
 
     def _publish(
         self, base: Base, job: SlotJob, outcome: FullOutcome, seconds: dict[str, float]

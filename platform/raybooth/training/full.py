@@ -98,22 +98,25 @@ class Share:
 class FullRun:
     """One subject trained by all workers of the default process group; all call every method."""
 
-    def __init__(
-        self, base: Base, job: SlotJob, class_prompt: str, *, state: FullState | None = None
-    ) -> None:
-        """`class_prompt` is that of the prior rows, needed where text encoders are trained.
+    def __init__(self, base: Base, job: SlotJob, *, state: FullState | None = None) -> None:
+        """A fresh run, or one that goes on from `state`.
 
-        Raises ConfigError when the base is not in float32: masters are the weights themselves.
+        Raises ConfigError when the base is not in float32 (masters are the weights themselves) or
+        the objective does not suit it.
         """
         if base.dtype != torch.float32:
             raise ConfigError("method: full needs a float32 base", str(base.dtype), "load it so")
         self._base, self._job, self._train = base, job, job.train
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._alpha_bar_T = objective.alphas_cumprod(base.scheduler_config)
-        self._weights_T = objective.snr_weights(
-            self._alpha_bar_T, job.train.objective.snr_gamma, base.prediction_type
+        config = job.train.objective
+        config.check_base(base.scheduler_config)
+        self._alpha_bar_T = objective.alphas_cumprod(
+            base.scheduler_config, zero_terminal_snr=config.zero_terminal_snr
         )
-        self._ids = _token_ids(base, job, class_prompt) if job.train.full.text_encoder else {}
+        self._weights_T = objective.snr_weights(
+            self._alpha_bar_T, config.snr_gamma, base.prediction_type, config.velocity_weight
+        )
+        self._ids = _token_ids(base, job) if job.train.full.text_encoder else {}
         if state is not None:
             _load_weights(base, state.weights)
         self.engine = FullEngine(FullModel(base, job.train), job.train, base.device)
@@ -185,7 +188,8 @@ class FullRun:
         target_BCHW = objective.target(
             latents_BCHW, noise_BCHW, alpha_bar_B, self._base.prediction_type
         )
-        error_B = objective.row_errors(prediction_BCHW, target_BCHW)
+        pixels_BHW = None if batch.weight_BHW is None else batch.weight_BHW.to(device)
+        error_B = objective.row_errors(prediction_BCHW, target_BCHW, pixels_BHW)
         weighted_B = error_B * share.weight_B.to(device)
         detached_B = weighted_B.detach().double().cpu()
         figures_5[0] += detached_B[~batch.is_prior_B].sum()
@@ -269,8 +273,11 @@ def split(
     )
 
 
-def _token_ids(base: Base, job: SlotJob, class_prompt: str) -> dict[str, Tensor]:
-    return base.family.tokenize(base.tokenizers, [*job.tensors.prompts, class_prompt])
+def _token_ids(base: Base, job: SlotJob) -> dict[str, Tensor]:
+    """Ids [N + 1, T] of the instance prompts, then of the class prompt (NO_PROMPT is the last)."""
+    if not job.tensors.prompts:
+        raise ConfigError(f"{job.job_id} trains text without words", "no prompts", "encode it anew")
+    return base.family.tokenize(base.tokenizers, [*job.tensors.prompts, job.class_prompt])
 
 
 def _load_weights(base: Base, weights: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -36,7 +36,6 @@ class FullOutcome:
 def train_full(
     base: Base,
     job: SlotJob,
-    class_prompt: str,
     *,
     checkpoint_root: Path,
     on_start: Callable[[int], None] = lambda train_step: None,
@@ -50,30 +49,44 @@ def train_full(
     state cannot be read or written.
     """
     folder, fields = checkpoint_root / job.job_id, job_fields(base, job)
-    checkpoint, rank = job.train.checkpoint, dist.get_rank()
-    state, notes = load_full_state(folder, fields)
-    run = FullRun(base, job, class_prompt, state=state)
-    on_start(run.train_step)
+    with _peers():
+        state, notes = load_full_state(folder, fields)
+        run = FullRun(base, job, state=state)
+        on_start(run.train_step)
+        try:
+            seconds = _train(
+                run,
+                FullWriter(folder, fields, dist.get_rank(), job.train.checkpoint),
+                on_report,
+                should_stop,
+            )
+            weights = run.weights() if run.is_finished else None
+            return FullOutcome(weights, tuple(run.curve), notes, seconds)
+        finally:
+            run.close()
+
+
+def _train(
+    run: FullRun,
+    writer: FullWriter,
+    on_report: Callable[[FullReport], None],
+    should_stop: Callable[[], bool],
+) -> float:
+    """Train steps to the end or a stop, every state on disk; returns their seconds."""
     seconds, stopped = 0.0, False
-    try:
-        with FullWriter(folder, fields, rank=rank, keep=checkpoint.keep) as writer:
-            while not run.is_finished and not stopped:
-                start = time.perf_counter()
-                with _peers():
-                    report = run.step(should_stop=should_stop(), trouble=writer.trouble())
-                seconds += time.perf_counter() - start
-                stopped = report.should_stop
-                on_report(report)
-                due = report.train_step % checkpoint.every_steps == 0
-                if due or stopped or run.is_finished:
-                    writer.save(run.state())
-            writer.flush()
-            if (trouble := writer.trouble()) is not None:
-                raise trouble
-        weights = run.weights() if run.is_finished else None
-        return FullOutcome(weights, tuple(run.curve), notes, seconds)
-    finally:
-        run.close()
+    with writer:
+        while not run.is_finished and not stopped:
+            start = time.perf_counter()
+            report = run.step(should_stop=should_stop(), trouble=writer.trouble())
+            seconds += time.perf_counter() - start
+            stopped = report.should_stop
+            on_report(report)
+            if writer.is_due(report.train_step) or stopped or run.is_finished:
+                writer.save(run.state())
+        writer.flush()
+        if (trouble := writer.trouble()) is not None:
+            raise trouble
+    return seconds
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from raybooth.config import CheckpointConfig
 from raybooth.data.whole_file import (
     read_checked,
     remove_partial,
@@ -105,19 +106,30 @@ def load_full_state(
 class FullWriter:
     """Writes one worker's states on a background thread; a failed write is told by `trouble`."""
 
-    def __init__(self, folder: Path, fields: Mapping[str, Any], *, rank: int, keep: int) -> None:
-        self._folder, self._fields, self._rank, self._keep = folder, fields, rank, keep
+    def __init__(
+        self, folder: Path, fields: Mapping[str, Any], rank: int, config: CheckpointConfig
+    ) -> None:
+        self._folder, self._fields, self._rank, self._config = folder, fields, rank, config
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._error: Exception | None = None
         if rank == 0 and folder.is_dir():
             remove_partial(folder)
 
+    def is_due(self, train_step: int) -> bool:
+        """Whether the config wants a state of this train step."""
+        return train_step % self._config.every_steps == 0
+
     def save(self, state: FullState) -> None:
         """Queue one state, once the one before is written."""
         self.flush()
         self._pending = self._pool.submit(
-            save_full_state, self._folder, state, self._fields, rank=self._rank, keep=self._keep
+            save_full_state,
+            self._folder,
+            state,
+            self._fields,
+            rank=self._rank,
+            keep=self._config.keep,
         )
 
     def flush(self) -> None:

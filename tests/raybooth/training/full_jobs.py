@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch.distributed as dist
 from tests.raybooth.training.jobs import draw_tensors
 
 from raybooth.config import TrainConfig, merge
+from raybooth.errors import PeerLostError
 from raybooth.model.base import Base, load_base
 from raybooth.training.full import FullRun
+from raybooth.training.full_loop import train_full
 from raybooth.training.pack import SlotJob
 
 CLASS_PROMPT = "a photo of a robot"
@@ -32,7 +35,7 @@ def full_job(**overrides: Any) -> SlotJob:
     """A full run of the subject `robot`."""
     train = TrainConfig.model_validate(merge(TRAIN, overrides))
     tensors = replace(draw_tensors("robot"), prompts=("a photo of sks robot",))
-    return SlotJob("robot-job", "robot", 0, train, tensors)
+    return SlotJob("robot-job", "robot", 0, train, tensors, class_prompt=CLASS_PROMPT)
 
 
 def fresh(base: Base) -> Base:
@@ -50,7 +53,7 @@ def one_process_group() -> None:
 
 def losses_of(base: Base, job: SlotJob) -> tuple[list[tuple[float, float, float]], list[float]]:
     """Losses and gradient norms of a whole run."""
-    run = FullRun(fresh(base), job, CLASS_PROMPT)
+    run = FullRun(fresh(base), job)
     norms = []
     while not run.is_finished:
         norms.append(run.step().grad_norm)
@@ -62,12 +65,19 @@ def losses_of(base: Base, job: SlotJob) -> tuple[list[tuple[float, float, float]
 def worker(
     rank: int, world: int, meeting: str, base_folder: str, cells: list[Any], out: str
 ) -> None:
-    """One of `world` processes: every cell, its losses and norms written by the first."""
+    """One of `world` processes: every cell, then all leave but the first, which writes losses,
+    norms, and what it is told when the others are gone."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
     base = load_base(base_folder)
     found = [losses_of(base, full_job(**cell)) for cell in cells]
-    if rank == 0:
-        torch.save(found, Path(out))
-    dist.barrier()
-    dist.destroy_process_group()
+    if rank > 0:
+        os._exit(0)  # the first worker goes on and meets nobody
+    reason = "nobody was missed"
+    try:
+        job = full_job(full={"num_workers": world})
+        train_full(fresh(base), job, checkpoint_root=Path(out).parent / "checkpoints")
+    except PeerLostError as error:
+        reason = str(error)
+    torch.save((found, reason), Path(out))
+    os._exit(0)  # a process group that broke cannot be ended

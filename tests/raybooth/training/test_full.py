@@ -17,6 +17,8 @@ from tests.raybooth.training.full_jobs import (
     worker,
 )
 from tests.raybooth.training.jobs import spoil
+from tests.raybooth.training.test_rows import photograph_job
+from tests.tiny import write_tiny_base
 from torch import Tensor
 
 from raybooth.config import merge
@@ -29,6 +31,7 @@ from raybooth.training.full import FullRun, split
 from raybooth.training.full_loop import train_full
 from raybooth.training.full_matrix import Cell, cell_of, cells, reason_against
 from raybooth.training.full_state import load_full_state
+from raybooth.training.pack import Pack
 
 SUPPORTED = [cell for cell in cells() if reason_against(cell, "cpu") is None]
 Weights = dict[str, dict[str, Tensor]]
@@ -86,7 +89,7 @@ def test_a_full_run_is_the_published_algorithm(base: Base) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 0.05)
         optimizer.step()
         losses.append(loss.item())
-    run = FullRun(fresh(base), job, CLASS_PROMPT)
+    run = FullRun(fresh(base), job)
     assert [run.step().loss for _ in range(3)] == pytest.approx(losses, rel=1e-5)
     expected = flat({name: part.state_dict() for name, part in parts.items()})
     start = flat({n: p.state_dict() for n, p in trained_parts(base, text_encoder=True).items()})
@@ -101,17 +104,16 @@ def test_a_supported_cell_trains_checkpoints_resumes_and_exports(
 ) -> None:
     job = cell_job(cell)
     assert cell_of(job.train) == cell
-    whole = train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=tmp_path / "whole")
+    whole = train_full(fresh(base), job, checkpoint_root=tmp_path / "whole")
     stops = iter([False, True])
     stopped = train_full(
         fresh(base),
         job,
-        CLASS_PROMPT,
         checkpoint_root=tmp_path / "halved",
         should_stop=lambda: next(stops),
     )
     assert stopped.weights is None
-    again = train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=tmp_path / "halved")
+    again = train_full(fresh(base), job, checkpoint_root=tmp_path / "halved")
     assert whole.weights is not None
     assert again.weights is not None
     assert again.curve == whole.curve
@@ -159,7 +161,9 @@ def test_two_workers_lose_what_one_loses(base: Base, tiny_folder: Path, tmp_path
         (2, str(tmp_path / "meeting"), str(tiny_folder), both, str(tmp_path / "out")),
         nprocs=2,
     )
-    for place, (curve, norms) in enumerate(torch.load(tmp_path / "out")):
+    found, reason = torch.load(tmp_path / "out")
+    assert "a worker of this full run was lost" in reason
+    for place, (curve, norms) in enumerate(found):
         expected, alone = losses_of(base, full_job(**TWO_WORKERS[place]))
         bound = LOOSER.get(place, BOUND)
         assert torch.tensor(curve) == pytest.approx(torch.tensor(expected), rel=bound), place
@@ -181,32 +185,32 @@ def test_shares_cover_every_row_once() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words(base: Base, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="loss of robot-job is not finite"):
-        train_full(fresh(base), spoil(full_job()), CLASS_PROMPT, checkpoint_root=tmp_path)
+        train_full(fresh(base), spoil(full_job()), checkpoint_root=tmp_path)
 
 
 def test_damage_other_configs_and_full_disks_are_told(base: Base, tmp_path: Path) -> None:
     job = full_job(num_train_steps=4)
-    train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=tmp_path)
+    train_full(fresh(base), job, checkpoint_root=tmp_path)
     folder = tmp_path / job.job_id
     newest = folder / "step-00000004-rank-0-unet.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    again = train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=tmp_path)
+    again = train_full(fresh(base), job, checkpoint_root=tmp_path)
     assert "train step 4" in again.notes[0]
     assert len(again.curve) == 4
     other = replace(job, train=job.train.model_copy(update={"batch_size": 1}))
     with pytest.raises(CheckpointError, match=r"train.batch_size 2 \(now 1\)"):
-        train_full(fresh(base), other, CLASS_PROMPT, checkpoint_root=tmp_path)
+        train_full(fresh(base), other, checkpoint_root=tmp_path)
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=blocked)
+        train_full(fresh(base), job, checkpoint_root=blocked)
 
 
 def test_a_checkpoint_of_which_one_worker_lacks_its_part_is_passed_over(
     base: Base, tmp_path: Path
 ) -> None:
     job = full_job()
-    train_full(fresh(base), job, CLASS_PROMPT, checkpoint_root=tmp_path)
+    train_full(fresh(base), job, checkpoint_root=tmp_path)
     folder = tmp_path / job.job_id
     (folder / "step-00000003-rank-0.safetensors").unlink()
     from raybooth.training.loop import job_fields
@@ -220,7 +224,38 @@ def test_a_checkpoint_of_which_one_worker_lacks_its_part_is_passed_over(
 def test_what_cannot_be_trained_here_is_refused(base: Base) -> None:
     job = full_job(optimizer={"name": "paged_adamw8bit"})
     with pytest.raises(ConfigError, match="unified memory"):
-        FullRun(fresh(base), job, CLASS_PROMPT)
+        FullRun(fresh(base), job)
+    speechless = replace(job, tensors=replace(job.tensors, prompts=()))
+    train = full_job(full={"text_encoder": True}).train
+    with pytest.raises(ConfigError, match="text without words"):
+        FullRun(fresh(base), replace(speechless, train=train))
     half = replace(base, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="float32 base"):
-        FullRun(half, full_job(), CLASS_PROMPT)
+        FullRun(half, full_job())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_first_train_step_loses_what_a_pack_loses(
+    kind: str, base: Base, tmp_path: Path
+) -> None:
+    """Sizes, captions, masks and the objective's options: a LoRA that has not moved is the base."""
+    own, weights = base, {"snr_gamma": 5.0, "offset_noise": 0.1}
+    if kind == "v_prediction":
+        own = load_base(str(write_tiny_base(tmp_path / "base", prediction_type=kind)))
+        weights |= {"velocity_weight": "plus_one", "zero_terminal_snr": True}
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "photos": {"masks": True, "background_weight": 0.25},
+        "objective": weights,
+    }
+    packed = photograph_job("robot", **options)
+    pack = Pack(own, [packed])
+    expected = pack.step()[0]
+    pack.close()
+    full = {"gradient_accumulation": 3, "zero_stage": 1}
+    train = full_job(prior={"loss_weight": 1.0}, full=full, **options).train
+    run = FullRun(fresh(own), replace(packed, train=train))
+    found = run.step()
+    run.close()
+    for name in ("loss", "instance_loss", "prior_loss"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5)
