@@ -91,6 +91,7 @@ def job_fields(base: Base, job: SlotJob) -> dict[str, Any]:
         "masters": "float64" if str(base.dtype) == "torch.float64" else "float32",
         "train": job.train.model_dump(mode="json", exclude=_NOT_THE_RESULT),
         "photos": list(job.tensors.photo_digests),
+        "sidecars": list(job.tensors.sidecar_digests),
         "prior_images": hashlib.sha256(digests.encode()).hexdigest(),
     }
 
