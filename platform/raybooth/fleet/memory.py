@@ -14,6 +14,7 @@ from typing import Any
 
 from raybooth.config import Precision
 from raybooth.errors import BaseModelError
+from raybooth.model.files import WEIGHTS
 
 PROCESS_BYTES = 1 << 30
 """Interpreter, libraries and device context, before any weight is loaded (measured)."""
@@ -39,7 +40,7 @@ class BaseShape:
     """Shape of every weight of the denoiser, by name."""
 
     num_other_parameters: int
-    """Of the VAE and text encoder."""
+    """Of the VAE and text encoders."""
 
     block_channels: tuple[int, ...]
     layers_per_block: int
@@ -72,7 +73,8 @@ def read_base_shape(folder: Path) -> BaseShape:
     unet = _config(folder / "unet")
     vae = _config(folder / "vae")
     factor = int(2 ** (len(vae.get("block_out_channels", (64,))) - 1))
-    others = (*_weights(folder / "vae").values(), *_weights(folder / "text_encoder").values())
+    parts = [part for part in WEIGHTS if part != "unet" and (folder / part).is_dir()]
+    others = [shape for part in parts for shape in _weights(folder / part).values()]
     return BaseShape(
         denoiser=_weights(folder / "unet"),
         num_other_parameters=sum(math.prod(shape) for shape in others),

@@ -106,7 +106,9 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
     Raises InputProblems that lists everything wrong with file, photos, words and base at once.
     """
     from raybooth.model.families import family_of
-    from raybooth.model.base import fingerprint_base, load_tokenizer, resolve_base
+    from raybooth.model.fingerprint import fingerprint_base
+    from raybooth.model.source import resolve_base
+    from raybooth.model.tokens import load_tokenizer
 
     fleet, problems = read_fleet(path)
     folder: Path | None = None
@@ -210,7 +212,7 @@ def _size_warnings(subject: Subject, shape: BaseShape) -> list[str]:
 
 def _prompt_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
     """Prompts that the text encoder would cut."""
-    from raybooth.model.base import cut_tokens
+    from raybooth.model.tokens import cut_tokens
 
     problems: list[InputError] = []
     prompts = [("instance prompt", subject.instance_prompt)]
@@ -226,7 +228,7 @@ def _prompt_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
 
 
 def _identifier_warnings(subject: Subject, tokenizer: Any) -> list[str]:
-    from raybooth.model.base import token_split
+    from raybooth.model.tokens import token_split
 
     tokens = token_split(tokenizer, subject.identifier)
     if len(tokens) == 1:
@@ -259,7 +261,7 @@ def _jobs(fleet: Fleet, fingerprint: str, priors: PriorCache) -> tuple[SubjectJo
 def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob]) -> int:
     if not jobs:
         return 0
-    from raybooth.model.lora import PRESETS
+    from raybooth.model.targets import PRESETS
 
     slots = [SlotShape(job.rank, job.num_rows) for job in jobs]
     first = jobs[0]

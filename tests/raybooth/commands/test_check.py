@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.raybooth.fleet.fleets import TRAIN, WITH_PRIOR, draw_photos, write_fleet
-from tests.tiny import write_tiny_base
+from tests.tiny import write_tiny_base, write_tiny_sdxl
 
 from raybooth.commands import check
 from raybooth.errors import ClusterError, InputProblems
+from raybooth.fleet.memory import read_base_shape
+from raybooth.model.base import load_base
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +206,28 @@ def test_what_is_published_is_left_out_of_the_plan(
     draw_photos(tmp_path / "photos" / "rex", 99)
     run_check(path, "--json")
     assert json.loads(capsys.readouterr().out)["published"] == []
+
+
+def test_an_sdxl_base_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tokens are read, and both text encoders are counted."""
+    base = write_tiny_sdxl(tmp_path / "base")
+    path = write_fleet(tmp_path, base, {"rex": {"prior": WITH_PRIOR}})
+    capsys.readouterr()
+    assert run_check(path, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    loaded = load_base(str(base))
+    assert plan["base"]["fingerprint"] == loaded.fingerprint
+    parts = (loaded.vae, *loaded.text_encoders.values())
+    held = sum(weight.numel() for part in parts for weight in part.parameters())
+    assert read_base_shape(base).num_other_parameters == held
+
+
+def test_checking_loads_no_heavy_library(tmp_path: Path, base: Path) -> None:
+    code = (
+        "import sys; from raybooth.cli import main; assert main(sys.argv[1:]) == 0; "
+        "sys.exit(' '.join({'torch', 'diffusers', 'ray'} & set(sys.modules)) or None)"
+    )
+    path = write_fleet(tmp_path, base, {"rex": {"prior": WITH_PRIOR}})
+    command = [sys.executable, "-c", code, "check", str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
