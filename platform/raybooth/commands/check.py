@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
         job.plan_job(survey.base_fingerprint) for job in survey.jobs if job.job_id not in published
     ]
     can_grow = bool(os.environ.get("RAY_ADDRESS"))
-    plan = plan_fleet(waiting, this_machine(), survey.pack_memory, can_grow=can_grow)
+    machine = this_machine()
+    memory = survey.pack_memory(has_gpus=machine.has_gpus)
+    plan = plan_fleet(waiting, machine, memory, can_grow=can_grow)
     if arguments.json:
         print(json.dumps(_document(survey, plan, published), indent=2))
         return 0

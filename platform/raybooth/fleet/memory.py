@@ -1,6 +1,6 @@
 """Predicts the memory of a pack from the shapes of its base; reads headers, never weights.
 
-bytes = process + base + S slots x 4 P x 4 bytes + rows x activations(resolution, dtype)
+bytes = process + base + (S + 1) slots x P x (fp32 master, gradient, moments) + activations
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.config import Precision
+from raybooth.config.adapter import matches_target
 from raybooth.errors import BaseModelError
+from raybooth.fleet.activations import Adapters, Rows, activation_bytes
 from raybooth.model.files import WEIGHTS
 
 PROCESS_BYTES = 1 << 30
 """Interpreter, libraries and device context, before any weight is loaded (measured)."""
 
-SAVED_PER_UNIT = 40
-"""Tensors saved for backward per (pixel, channel, block): 24 to 36 counted with saved-tensor hooks
-on the meta device for the pocket base and Stable Diffusion 1.5 (attention not materialised)."""
+BACKWARD_WIDTHS = 8
+"""Tensors of the last block's width that backward has of its own when it starts (measured)."""
 
-TRANSIENT = 1.3
-"""Backward's temporaries over the saved activations."""
-
-STATES_PER_PARAMETER = 4
-"""fp32 master, gradient and two Adam moments."""
+SLOT_BLOCK = 256
+"""A slot is padded to a multiple of this."""
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -43,7 +41,6 @@ class BaseShape:
     """Of the VAE and text encoders."""
 
     block_channels: tuple[int, ...]
-    layers_per_block: int
     vae_scale_factor: int
     """Pixels of a latent pixel's side; every picture's side is a multiple of it."""
 
@@ -66,6 +63,8 @@ class SlotShape:
 
     rank: int
     num_rows: int
+    eight_bit: bool = False
+    """Whether its optimiser keeps two bytes a parameter, not eight."""
 
 
 def read_base_shape(folder: Path) -> BaseShape:
@@ -79,7 +78,6 @@ def read_base_shape(folder: Path) -> BaseShape:
         denoiser=_weights(folder / "unet"),
         num_other_parameters=sum(math.prod(shape) for shape in others),
         block_channels=tuple(unet.get("block_out_channels", (320, 640, 1280, 1280))),
-        layers_per_block=_most(unet.get("layers_per_block", 2)),
         vae_scale_factor=factor,
         native_resolution=int(unet.get("sample_size") or 64) * factor,
     )
@@ -97,7 +95,7 @@ def adapter_parameters(shape: BaseShape, targets: Sequence[str], rank: int) -> i
 def is_target(weight: str, suffix: str) -> bool:
     """Whether the denoiser's weight of this name belongs to a module of this suffix."""
     site = weight.removesuffix(".weight")
-    return site != weight and (site == suffix or site.endswith("." + suffix))
+    return site != weight and matches_target(site, suffix)
 
 
 def pack_memory_bytes(
@@ -107,26 +105,64 @@ def pack_memory_bytes(
     targets: Sequence[str],
     resolution: int,
     precision: Precision,
+    gradient_checkpointing: bool = False,
+    on_gpu: bool = False,
 ) -> int:
-    """Predicted bytes of a worker that trains these slots together."""
-    item = BYTES[precision]
-    weights = (shape.num_denoiser_parameters + shape.num_other_parameters) * item
-    rank = max((slot.rank for slot in slots), default=0)  # slots are padded to the largest
-    states = len(slots) * adapter_parameters(shape, targets, rank) * STATES_PER_PARAMETER * 4
-    rows = sum(slot.num_rows for slot in slots)
-    activations = rows * activation_elements(shape, resolution) * item * TRANSIENT
-    return int(PROCESS_BYTES + weights + states + activations)
+    """Predicted bytes of a worker that trains these slots together, on its device.
 
-
-def activation_elements(shape: BaseShape, resolution: int) -> int:
-    """Elements that a row saves for backward: sum over levels of pixels x channels x blocks."""
-    side = resolution // shape.vae_scale_factor
-    blocks = 2 * shape.layers_per_block + 1
-    units: int = sum(
-        math.ceil(side / 2**level) ** 2 * channels * blocks
-        for level, channels in enumerate(shape.block_channels)
+    On a GPU the VAE and the text encoders leave before training starts; on a CPU they stay, in
+    fp32.
+    """
+    tensors = pack_tensor_bytes(
+        shape,
+        slots,
+        targets=targets,
+        resolution=resolution,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        on_gpu=on_gpu,
     )
-    return SAVED_PER_UNIT * units
+    item = BYTES[precision]
+    denoiser = shape.num_denoiser_parameters * item
+    others = shape.num_other_parameters * (item if on_gpu else BYTES["fp32"])
+    if on_gpu:
+        return PROCESS_BYTES + denoiser + max(others, tensors)
+    return PROCESS_BYTES + denoiser + others + tensors
+
+
+def pack_tensor_bytes(
+    shape: BaseShape,
+    slots: Sequence[SlotShape],
+    *,
+    targets: Sequence[str],
+    resolution: int,
+    precision: Precision,
+    gradient_checkpointing: bool = False,
+    on_gpu: bool = False,
+) -> int:
+    """Predicted bytes that a pack adds to its base: bank, optimiser and activations at the peak."""
+    if not slots:
+        return 0
+    item = BYTES[precision]
+    rank = max(slot.rank for slot in slots)  # slots are padded to the largest
+    padded = -(-adapter_parameters(shape, targets, rank) // SLOT_BLOCK) * SLOT_BLOCK
+    states = 2 * 4 * (len(slots) + 1) * padded  # master and gradient, the null adapter's too
+    if not all(slot.eight_bit for slot in slots):
+        states += 2 * 4 * (len(slots) + 1) * padded
+    states += sum(2 * slot.eight_bit for slot in slots) * padded
+    if item < BYTES["fp32"]:
+        states += len(slots) * padded * item
+    rows = Rows(
+        count=sum(slot.num_rows for slot in slots),
+        per_slot=max(slot.num_rows for slot in slots),
+        side=resolution // shape.vae_scale_factor,
+        item=item,
+        norm_item=BYTES["fp32"] if on_gpu else item,
+    )
+    adapters = Adapters(lambda name: any(is_target(name, suffix) for suffix in targets), rank)
+    saved = activation_bytes(shape.denoiser, rows, adapters, checkpointing=gradient_checkpointing)
+    widest = shape.block_channels[0] * rows.count * rows.side**2 * item
+    return states + saved + BACKWARD_WIDTHS * widest
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -162,7 +198,3 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         do = "a base is a folder in diffusers' layout"
         raise BaseModelError(f"{path} cannot be read", str(error), do) from error
-
-
-def _most(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else max(value)

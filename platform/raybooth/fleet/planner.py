@@ -5,7 +5,7 @@ Pure: takes what is known of jobs and cluster, returns a plan, touches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raybooth.config import PackConfig, Precision, ResourcesConfig
@@ -196,6 +196,20 @@ def plan_fleet(
     packs.sort(key=lambda pack: (len(pack.priors) > 0, -pack.num_train_steps * pack.num_rows))
     named = tuple(_named(pack, index) for index, pack in enumerate(packs))
     return FleetPlan(named, _priors(jobs))
+
+
+def halves(num_rows: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """The jobs of a pack that ran out of memory as two packs of close to equal rows.
+
+    Empty when there is nothing to split.
+    """
+    if len(num_rows) < 2:
+        return ()
+    packs: tuple[list[str], list[str]] = ([], [])
+    for job_id in sorted(num_rows, key=lambda job_id: -num_rows[job_id]):
+        smaller = min(packs, key=lambda pack: sum(num_rows[other] for other in pack))
+        smaller.append(job_id)
+    return tuple(tuple(pack) for pack in packs)
 
 
 def resources_of(config: ResourcesConfig, capacity: Capacity) -> Resources:

@@ -172,10 +172,11 @@ class _Rounds:
             self._can_grow = self._context.enter_context(cluster())
         fingerprint = self._survey.base_fingerprint
         steps = {job_id: self._queue.get(job_id).train_step for job_id in job_ids}
+        capacity = total_capacity()
         plan = plan_fleet(
             [self._jobs[job_id].plan_job(fingerprint, steps[job_id]) for job_id in job_ids],
-            total_capacity(),
-            self._survey.pack_memory,
+            capacity,
+            self._survey.pack_memory(has_gpus=capacity.has_gpus),
             can_grow=self._can_grow,
         )
         self._progress.take_plan(plan)

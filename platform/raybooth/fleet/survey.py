@@ -94,10 +94,9 @@ class Survey:
     jobs: tuple[SubjectJob, ...]
     warnings: tuple[str, ...]
 
-    @property
-    def pack_memory(self) -> PackMemory:
-        """Predicts the bytes of a pack on this base."""
-        return lambda jobs: _pack_memory(self.shape, jobs)
+    def pack_memory(self, *, has_gpus: bool) -> PackMemory:
+        """Predicts the bytes of a pack on this base, in a cluster with or without GPUs."""
+        return lambda jobs: _pack_memory(self.shape, jobs, has_gpus)
 
 
 def survey_fleet(path: Path, priors: PriorCache) -> Survey:
@@ -258,7 +257,7 @@ def _jobs(fleet: Fleet, fingerprint: str, priors: PriorCache) -> tuple[SubjectJo
     return tuple(jobs)
 
 
-def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob]) -> int:
+def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob], has_gpus: bool) -> int:
     if not jobs:
         return 0
     from raybooth.model.targets import PRESETS
@@ -271,4 +270,6 @@ def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob]) -> int:
         targets=PRESETS[first.targets] if isinstance(first.targets, str) else first.targets,
         resolution=first.resolution,
         precision=first.precision,
+        gradient_checkpointing=first.gradient_checkpointing,
+        on_gpu=has_gpus if first.resources.num_gpus is None else first.resources.num_gpus > 0,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.errors import BaseModelError, RayBoothError
 from raybooth.fleet.events import NoteEvent, PackEvent
+from raybooth.fleet.planner import halves
 from raybooth.fleet.reporter import Reporter
 from raybooth.fleet.task import Member, PackOutcome, PackTask
 from raybooth.store import Store
@@ -66,7 +67,7 @@ class PackWorker:
         base = self._load_base()
         jobs = self._encode(base, waiting)
         if jobs and not self._reporter.should_stop():
-            self._train(base, jobs)
+            self._train_or_split(base, jobs)
         return self._outcome()
 
     def _waiting(self) -> list[Member]:
@@ -143,6 +144,33 @@ class PackWorker:
             self._reporter.state(job_id, "running", train_step=step)
             jobs.append(job)
         return jobs
+
+    def _train_or_split(
+        self, base: Base, jobs: Sequence[SlotJob], *, may_split: bool = True
+    ) -> None:
+        """Trains the jobs together; out of memory, once more as two packs, one after the other."""
+        from raybooth.fleet.shortage import is_out_of_memory, shortage
+        from raybooth.model.resting import rest
+
+        rest(base, text_encoders=not any(job.train.adapter.trains_text for job in jobs))
+        try:
+            self._train(base, jobs)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        done = {*self._published, *self._failed, *self._reporter.cancelled()}
+        left = {job.job_id: job for job in jobs if job.job_id not in done}
+        told = shortage(base, [job.train for job in left.values()])
+        parts = halves({name: job.train.num_rows for name, job in left.items()})
+        if not may_split or not parts:
+            for job_id in left:
+                self._fail(job_id, told)
+            return
+        sizes = " + ".join(str(len(part)) for part in parts)
+        self._reporter.send(NoteEvent(f"{self._task.pack_id}: {told}; going on as {sizes}"))
+        for part in parts:
+            self._train_or_split(base, [left[job_id] for job_id in part], may_split=False)
 
     def _train(self, base: Base, jobs: Sequence[SlotJob]) -> None:
         from raybooth.fleet.validation import watch

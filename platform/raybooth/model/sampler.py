@@ -23,6 +23,7 @@ from raybooth.errors import RequestError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base, Conditioning, decode_latents, encode_prompts, predict
 from raybooth.model.generation import GENERATOR_VERSION
+from raybooth.model.resting import wakes
 from raybooth.model.solver import RowPlan, plan_rows
 from raybooth.model.text_adapter import TextAdapter
 
@@ -180,6 +181,7 @@ def denoise_step(
         row.index += 1
 
 
+@wakes
 def generate(
     base: Base,
     bank: Bank | None,

@@ -19,6 +19,7 @@ from raybooth.fleet.planner import (
     PlanJob,
     PriorNeed,
     Resources,
+    halves,
     plan_fleet,
     resources_of,
 )
@@ -296,3 +297,10 @@ def test_a_full_run_has_its_workers_for_itself() -> None:
     with pytest.raises(ClusterError, match="asks 2 workers of 1 CPU: found room for 1"):
         plan_fleet(jobs(1, full), cpus(1))
     assert sizes(plan_fleet(jobs(1, full), cpus(1), can_grow=True)) == [1]
+
+
+def test_halves_balance_rows_and_lose_nobody() -> None:
+    assert halves({"a": 2, "b": 2, "c": 2, "d": 2}) == (("a", "c"), ("b", "d"))
+    assert halves({"a": 2, "b": 16, "c": 2}) == (("b",), ("a", "c"))
+    assert halves({"a": 2, "b": 2}) == (("a",), ("b",))
+    assert halves({"a": 2}) == halves({}) == ()

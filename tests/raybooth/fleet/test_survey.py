@@ -7,8 +7,8 @@ import pytest
 from raybooth.fleet.memory import BaseShape
 from raybooth.fleet.survey import size_problems
 
-SD15 = BaseShape({}, 0, (320, 640, 1280, 1280), 2, vae_scale_factor=8, native_resolution=512)
-COARSE = BaseShape({}, 0, (64, 128), 2, vae_scale_factor=16, native_resolution=512)
+SD15 = BaseShape({}, 0, (320, 640, 1280, 1280), vae_scale_factor=8, native_resolution=512)
+COARSE = BaseShape({}, 0, (64, 128), vae_scale_factor=16, native_resolution=512)
 
 
 @pytest.mark.parametrize(
