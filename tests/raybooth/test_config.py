@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from raybooth.config import FleetConfig, TrainConfig, merge, parse_config
+from raybooth.config.adapter import matches_target
 from raybooth.errors import InputProblems
 
 FULL = {"method": "full", "optimizer": {"learning_rate": 5e-6}}
@@ -32,6 +33,8 @@ def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
         ({"objective": {"velocity_weight": "plus_one"}}, "without snr_gamma"),
         ({"photos": {"background_weight": 0.1}}, "without masks"),
         (FULL | {"prior": {"kind": "base_prediction"}}, "needs method: lora"),
+        ({"adapter": {"identifier_init": "cat"}}, "identifier_init has no effect"),
+        ({"adapter": {"text_learning_rate": 1e-5}}, "text_learning_rate has no effect"),
         ({"instance_prompt": "a {colour} dog"}, "identifier"),
         ({"resolution": 100}, "multiple of 8"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
@@ -49,6 +52,14 @@ def test_configs_are_frozen_and_refuse_unknown_keys() -> None:
 def test_each_impossible_value_is_named(values: dict[str, object], expected: str) -> None:
     with pytest.raises(InputProblems, match=expected):
         parse_config(TrainConfig, values, "x.yaml")
+
+
+def test_a_star_stands_for_any_part_of_a_layers_name() -> None:
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    for pattern in ("to_k", "attn2.to_k", "attn2.*", "up_blocks.*.to_k", "up_blocks.[12].*"):
+        assert matches_target(name, pattern), pattern
+    for pattern in ("o_k", "attn1.*", "down_blocks.*", "attn2"):
+        assert not matches_target(name, pattern), pattern
 
 
 def test_merging_replaces_leaves_only() -> None:

@@ -124,3 +124,16 @@ def test_a_job_is_named_by_what_decides_its_result(tmp_path: Path) -> None:
     (subject,) = load_fleet(tmp_path / "fleet.yaml").subjects
     assert subject.digest("base") != digests["num_train_steps: 9"]
     assert subject.digest("base") != subject.digest("another base")
+
+
+def test_a_subject_with_learned_tokens_is_called_by_them(tmp_path: Path) -> None:
+    text = """
+defaults: {class_noun: dog, overrides: {adapter: {identifier_tokens: 2}}}
+subjects:
+  - {id: rex, images: photos/rex}
+"""
+    (subject,) = load_fleet(write_fleet(tmp_path, TRAIN + text)).subjects
+    assert subject.instance_prompt == "a photo of <rex> dog"
+    named = text.replace("images:", "identifier: sks, images:")
+    with pytest.raises(InputProblems, match="identifier has no effect with identifier_tokens"):
+        load_fleet(write_fleet(tmp_path, TRAIN + named))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -297,6 +298,14 @@ def test_a_full_run_has_its_workers_for_itself() -> None:
     with pytest.raises(ClusterError, match="asks 2 workers of 1 CPU: found room for 1"):
         plan_fleet(jobs(1, full), cpus(1))
     assert sizes(plan_fleet(jobs(1, full), cpus(1), can_grow=True)) == [1]
+
+
+@pytest.mark.parametrize("changes", [{"text_targets": "attention"}, {"identifier_tokens": 1}])
+def test_words_that_train_differently_are_in_packs_of_their_own(changes: dict[str, Any]) -> None:
+    other = jobs(2, replace(JOB, **changes), "other")
+    plan = plan_fleet([*jobs(2), *other], cpus(1))
+    together = [{job_id.split("-")[0] for job_id in pack.job_ids} for pack in plan.packs]
+    assert all(len(names) == 1 for names in together)
 
 
 def test_halves_balance_rows_and_lose_nobody() -> None:

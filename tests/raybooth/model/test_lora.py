@@ -74,7 +74,14 @@ def test_patterns_match_whole_names_at_the_end(sd15: nn.Module) -> None:
     assert [s.kind for s in sites if s.name.endswith("proj_out")] == ["conv"]
 
 
-@pytest.mark.parametrize("targets", [("to_q", "o_q"), ("nothing",), ()])
+def test_a_star_takes_the_layers_among_its_matches(sd15: nn.Module) -> None:
+    sites = find_sites(sd15, ("mid_block.*", "down_blocks.?.attentions.*.ff.*"))
+    assert {site.kind for site in sites} == {"linear", "conv"}
+    assert any(site.name == "mid_block.resnets.0.conv1" for site in sites)
+    assert sum(site.name.startswith("down_blocks") for site in sites) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("targets", [("to_q", "o_q"), ("to_q", "nothing.*"), ("nothing",), ()])
 def test_a_pattern_that_matches_nothing_is_refused(
     sd15: nn.Module, targets: tuple[str, ...]
 ) -> None:
