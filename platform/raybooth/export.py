@@ -28,6 +28,7 @@ from raybooth.model.full_weights import part_file, write_pipeline
 from raybooth.model.kohya import KohyaNames, to_kohya_keys
 from raybooth.model.learned import LearnedTokens, load_learned, with_tokens
 from raybooth.model.lora import CLASSIC, DENOISER, AdapterTensors, LoraPair, load_adapter
+from raybooth.model.sampler import ZERO_TERMINAL_SNR
 from raybooth.store import LEARNED, RECORD, SAMPLES, WEIGHTS, AdapterRecord, Record
 
 Format = Literal["diffusers", "kohya", "pipeline"]
@@ -54,6 +55,8 @@ def export_model(
     with _staged(output) as staging:
         if form == "pipeline":
             _write_pipeline(record, folder, base_folder, staging)
+            if record.zero_terminal_snr:
+                _write_words(staging / "scheduler" / "scheduler_config.json", ZERO_TERMINAL_SNR)
         elif is_file:
             if LEARNED in record.files:
                 do = "give a folder, which holds both"
@@ -133,9 +136,11 @@ def _write_pipeline(record: Record, folder: Path, base_folder: Path, target: Pat
         write_pipeline(base_folder, Path(name), target)
     for part, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(target / part.replace("text_encoder", "tokenizer"))
-        config = target / part / "config.json"
-        words = {**read_json(config), "vocab_size": len(tokenizer)}
-        config.write_text(json.dumps(words, indent=2) + "\n", "utf-8")
+        _write_words(target / part / "config.json", {"vocab_size": len(tokenizer)})
+
+
+def _write_words(config: Path, words: Mapping[str, Any]) -> None:
+    config.write_text(json.dumps({**read_json(config), **words}, indent=2) + "\n", "utf-8")
 
 
 def merged_part(part: Path, tensors: AdapterTensors) -> dict[str, Tensor]:

@@ -130,6 +130,8 @@ def import_adapter(
         base=base,
         rank=max(pair.rank for pair in adapter.tensors.values()),
         targets=_targets(adapter.tensors, layer_shapes(base_folder)),
+        text_targets=_text_targets(adapter.tensors),
+        identifier_tokens=0 if learned is None else learned.num_tokens,
         num_parameters=sum(part.numel() for pair in adapter.tensors.values() for part in pair),
         imported=ImportRecord(file=path.name, sha256=digest, key_form=adapter.key_form),
         train={},
@@ -285,6 +287,8 @@ def _scaled(tensors: AdapterTensors, scales: Mapping[str, float]) -> AdapterTens
 def _check(tensors: AdapterTensors, layers: LayerShapes) -> None:
     if unknown := [key for key in tensors if key not in layers]:
         raise _foreign(unknown)
+    if all(_is_text(key) for key in tensors):
+        raise BaseModelError("the file moves no layer of the denoiser", f"{len(tensors)} of text")
     for key, pair in tensors.items():
         outputs, inputs, *kernel = layers[key]
         fitting = (pair.rank, inputs, *kernel), (outputs, pair.rank, *(1 for _ in kernel))
@@ -304,6 +308,12 @@ def _targets(tensors: AdapterTensors, layers: LayerShapes) -> str | tuple[str, .
         if moved == {key for key in layers if f".{key}".endswith(ends) and not _is_text(key)}:
             return name
     return tuple(key for key in layers if key in moved)
+
+
+def _text_targets(tensors: AdapterTensors) -> tuple[str, ...] | None:
+    """The layers that it moves in the text encoders, by their names there."""
+    names = dict.fromkeys(key.split(".", 1)[1] for key in tensors if _is_text(key))
+    return tuple(names) or None
 
 
 def _is_text(key: str) -> bool:

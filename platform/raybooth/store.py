@@ -30,7 +30,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 LEARNED = "learned_embeds.safetensors"
 """Token embeddings that a subject learned, where it did; diffusers' own name."""
 
-LEARNED = "learned_embeds.safetensors"
 SAMPLES = "samples.png"
 RECORD = "record.json"
 ALIASES = "aliases.json"

@@ -32,7 +32,7 @@ from raybooth.model.lora import (
 )
 from raybooth.model.sampler import SampleRequest, denoise_step, generate, row_image, start_row
 from raybooth.model.text_adapter import TextAdapter
-from raybooth.store import LEARNED, RECORD, WEIGHTS, FullRecord, Record, Store
+from raybooth.store import LEARNED, RECORD, WEIGHTS, FullRecord, ModelRecord, Record, Store
 
 PROMPT = "a photo of sks dog"
 FORMS = {"diffusers": "d.safetensors", "kohya": "k.safetensors", "pipeline": "p"}
@@ -205,9 +205,7 @@ def test_a_full_run_is_a_pipeline_and_nothing_else(
     weights = {k: v + 0.01 for k, v in base.denoiser.state_dict().items()}
     (tmp_path / "full").mkdir()
     files = save_full(tmp_path / "full", {"unet": weights})
-    adapter = publish(store, base, "other", 0).model_dump(
-        exclude={"kind", "rank", "targets", "imported"}
-    )
+    adapter = publish(store, base, "other", 0).model_dump(include=set(ModelRecord.model_fields))
     full: Record = store.publish(
         FullRecord(**{**adapter, "subject_id": "rex"}, parts=("unet",)), files
     )
@@ -254,7 +252,12 @@ def test_learned_tokens_travel_along(
 
 
 def draw_with_text(
-    base: Base, tensors: AdapterTensors, learned: LearnedTokens | None, prompt: str
+    base: Base,
+    tensors: AdapterTensors,
+    learned: LearnedTokens | None,
+    prompt: str,
+    *,
+    zero_terminal_snr: bool = False,
 ) -> Image.Image:
     """Our picture where the adapter moves the text encoder too."""
     text = TextAdapter(base, tensors, learned)
@@ -268,7 +271,8 @@ def draw_with_text(
     bank.write(1, denoiser_part(tensors))
     try:
         uncond = None if base.negative_is_zeros else text.encode("")
-        row = start_row(base, REQUEST, cond=text.encode(prompt), uncond=uncond)
+        request = replace(REQUEST, zero_terminal_snr=zero_terminal_snr)
+        row = start_row(base, request, cond=text.encode(prompt), uncond=uncond)
         while not row.done:
             denoise_step(base, bank, [row])
         return row_image(base, row)
@@ -298,3 +302,15 @@ def test_sdxl_and_both_its_text_encoders_travel_in_every_form(tmp_path: Path) ->
     names = load_file(tmp_path / FORMS["kohya"])
     assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
     assert any("input_blocks_3_1_transformer_blocks" in name for name in names)
+
+
+def test_a_schedule_that_ends_in_noise_alone_is_the_pipelines(tmp_path: Path) -> None:
+    folder = write_tiny_base(tmp_path / "base", prediction_type="v_prediction")
+    base, store = load_base(str(folder)), Store(tmp_path / "store")
+    record = publish(store, base, "rex", 0, tensors=with_text(base))
+    trained = record.model_copy(update={"train": {"objective": {"zero_terminal_snr": True}}})
+    export_model(trained, store.folder("rex"), folder, "pipeline", tmp_path / "p", force=False)
+    ours = draw_with_text(base, with_text(base), None, PROMPT, zero_terminal_snr=True)
+    assert_alike(theirs(tmp_path / "p", None), ours)
+    export_model(record, store.folder("rex"), folder, "pipeline", tmp_path / "q", force=False)
+    assert_alike(theirs(tmp_path / "q", None), draw_with_text(base, with_text(base), None, PROMPT))

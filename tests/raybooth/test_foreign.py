@@ -203,6 +203,9 @@ def test_pickles_damage_and_numbers_that_are_none_are_refused(
     save_file(state, file)
     with pytest.raises(BaseModelError, match="not finite"):
         read_foreign(file, folder)
+    save_file(to_diffusers_keys({TEXT: adapter[TEXT]}, 1.0), file)
+    with pytest.raises(BaseModelError, match="no layer of the denoiser"):
+        read_foreign(file, folder)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(InputError, match="not a readable safetensors file"):
         read_foreign(file, folder)
@@ -259,6 +262,7 @@ def test_learned_tokens_are_imported_under_the_identifier(
     learned = load_learned(store.folder("rex") / LEARNED)
     assert (learned.name, learned.num_tokens) == ("<rex>", 2)
     assert torch.equal(learned.vectors["text_encoder"], vectors)
+    assert (record.identifier_tokens, record.text_targets) == (2, (TEXT.split(".", 1)[1],))
     assert import_adapter(store, file, named, folder, words, tokens) == record
     assert import_adapter(store, file, named, folder, words).version == 2
     with pytest.raises(InputError, match="--identifier"):

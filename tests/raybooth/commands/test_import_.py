@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tests.raybooth_serving.published import publish
+from tests.raybooth_serving.published import publish, random_adapter
 from tests.tiny import write_tiny_base
 
 from raybooth.cli import main
 from raybooth.config import EngineConfig, ServeConfig
 from raybooth.home import store_folder
 from raybooth.model.base import Base, load_base
+from raybooth.model.lora import LoraPair
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import ImagesRequest
 from raybooth_serving.service import Service
@@ -52,7 +54,10 @@ def test_a_kohya_file_is_published_drawn_and_served(
     base: Base, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(store_folder())
-    publish(store, base, "rex", 0)
+    pair = LoraPair(torch.randn(2, 32), torch.randn(32, 2))
+    text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": pair}
+    publish(store, base, "rex", 0, tensors={**random_adapter(base, 0), **text})
+    publish(store, base, "deaf", 0, tensors=random_adapter(base, 0))
     file = tmp_path / "civit.safetensors"
     main(["export", "rex", "--format", "kohya", "-o", str(file), "--base", str(folder)])
     capsys.readouterr()
@@ -76,6 +81,7 @@ def test_a_kohya_file_is_published_drawn_and_served(
     assert capsys.readouterr().out.startswith("guest@1: ")
     picture = served(base, store, "guest")
     np.testing.assert_array_equal(picture, served(base, store, "rex"))
+    assert not np.array_equal(picture, served(base, store, "deaf"))
     out = tmp_path / "out.png"
     drawn = ["generate", "guest", PROMPT, "--seed", "4", "--steps", "3", "-o", str(out)]
     assert main(drawn) == 0
