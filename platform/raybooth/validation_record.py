@@ -38,6 +38,9 @@ class ValidationRecord(Strict):
     ceiling_dino: float | None
     """Mean cosine of two instance images; None without an image encoder."""
 
+    base_pres: float | None
+    """Mean cosine of the base's own class pictures with the instance images: where `pres` began."""
+
     points: tuple[ValidationPoint, ...]
     best_step: int
     published_step: int

@@ -34,7 +34,7 @@ class ValidationConfig(Strict):
     class_images: int = Field(4, ge=1)
     """Pictures of the class prompt that show drift; drawn when there is an image encoder."""
 
-    max_drift: float = Field(0.5, gt=0, le=2)
+    max_drift: float = Field(0.25, gt=0, le=2)
     """Distance (1 - cosine) of the class pictures from the base's own that is told as drift."""
 
     keep: Literal["last", "best"] = "last"

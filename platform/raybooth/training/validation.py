@@ -162,6 +162,8 @@ class _Watched:
     real_ND: Tensor | None = None
     real_clip_ND: Tensor | None = None
     base_class_ND: Tensor | None = None
+    ceiling_dino: float | None = None
+    base_pres: float | None = None
 
     @property
     def _folder(self) -> Path:
@@ -187,7 +189,8 @@ class _Watched:
         history = self._folder / HISTORY
         if history.exists():
             found = json.loads(history.read_text(encoding="utf-8"))
-            points = [ValidationPoint.model_validate(values) for values in found]
+            self.ceiling_dino, self.base_pres = found["ceiling_dino"], found["base_pres"]
+            points = [ValidationPoint.model_validate(values) for values in found["points"]]
             self.points = [point for point in points if point.train_step <= train_step]
 
     def is_due(self, report: SlotReport) -> bool:
@@ -216,8 +219,12 @@ class _Watched:
         for place, image in enumerate(images):
             name = f"step-{state.train_step:08d}-{place:02d}.png"
             image.save(self._folder / name)
-        dumped = [each.model_dump() for each in self.points]
-        write_whole(self._folder / HISTORY, json.dumps(dumped).encode())
+        history = {
+            "ceiling_dino": self.ceiling_dino,
+            "base_pres": self.base_pres,
+            "points": [each.model_dump() for each in self.points],
+        }
+        write_whole(self._folder / HISTORY, json.dumps(history).encode())
         self._prune()
         return point, images
 
@@ -235,7 +242,8 @@ class _Watched:
         return ValidationRecord(
             loss_of="instance images" if held_out is None else "held-out photos",
             held_out=() if held_out is None else held_out.photo_digests,
-            ceiling_dino=None if self.real_ND is None else mean_pairwise_cosine(self.real_ND),
+            ceiling_dino=self.ceiling_dino,
+            base_pres=self.base_pres,
             points=tuple(self.points),
             best_step=best.train_step,
             published_step=best.train_step if config.keep == "best" else last,
@@ -268,9 +276,11 @@ class _Watched:
             if self.real_ND is None:
                 self.real_ND = image.embed(photos)
                 self.base_class_ND = image.embed(self._draw(pack, prompts, 0))
+                self.ceiling_dino = mean_pairwise_cosine(self.real_ND)
+                self.base_pres = mean_cosine(self.base_class_ND, self.real_ND)
             assert self.base_class_ND is not None
             class_ND = image.embed(self._draw(pack, prompts, slot))
-            ceiling = mean_pairwise_cosine(self.real_ND)
+            ceiling = self.ceiling_dino
             dino = mean_cosine(image.embed(images), self.real_ND)
             drift = float((1 - (class_ND * self.base_class_ND).sum(1)).mean())
             values |= {

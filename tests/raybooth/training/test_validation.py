@@ -188,22 +188,23 @@ def test_encoders_judge_samples_and_tell_copying_and_drift(base: Base, tmp_path:
         validation={**judged, "max_drift": 1e-9, "class_images": 1},
         samples={"num_inference_steps": 2},
     )
-    _, validation = run(
-        base,
-        [job],
-        tmp_path / "run",
-        prompts=("a photo of sks robot", "sks"),
-        plain_prompts=("a photo of a robot", "a"),
-        class_prompt="a photo of a robot",
-        photos=tuple(tmp_path / f"{place}.png" for place in range(3)),
-        image_encoder=load_image_encoder(str(image)),
-        clip=load_clip(str(clip)),
-    )
+    task: dict[str, Any] = {
+        "prompts": ("a photo of sks robot", "sks"),
+        "plain_prompts": ("a photo of a robot", "a"),
+        "class_prompt": "a photo of a robot",
+        "photos": tuple(tmp_path / f"{place}.png" for place in range(3)),
+        "image_encoder": load_image_encoder(str(image)),
+        "clip": load_clip(str(clip)),
+    }
+    _, validation = run(base, [job], tmp_path / "run", **task)
     found = record(validation, job)
     assert set(found.encoders) == {"image_encoder", "clip"}
     assert len(validation.pictures(job.job_id)) == 3 * 2
     assert found.ceiling_dino is not None
+    assert found.base_pres is not None
     for point in found.points:
         assert None not in (point.dino, point.clip_i, point.clip_t, point.pres, point.drift)
         assert point.drifting  # the limit is nothing
         assert point.copying == (point.dino is not None and point.dino > found.ceiling_dino)
+    _, again = run(base, [job], tmp_path / "run", **task)  # nothing is left to train
+    assert record(again, job) == found
