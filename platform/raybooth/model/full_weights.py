@@ -32,10 +32,7 @@ def part_file(part: str) -> str:
 
 def trained_parts(base: Base, *, text_encoder: bool) -> dict[str, nn.Module]:
     """The parts that a full run moves, by their folder in the base."""
-    return {
-        DENOISER: base.denoiser,
-        **({"text_encoder": base.text_encoder} if text_encoder else {}),
-    }
+    return {DENOISER: base.denoiser, **(base.text_encoders if text_encoder else {})}
 
 
 def save_full(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Path]:

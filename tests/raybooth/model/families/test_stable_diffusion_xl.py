@@ -24,6 +24,7 @@ from raybooth.data.prior_build import build_prior
 from raybooth.data.prior_key import PriorKey
 from raybooth.errors import BaseModelError
 from raybooth.model.base import Base, encode_prompts, fingerprint_base, load_base, predict
+from raybooth.model.full_weights import load_full, save_full, trained_parts
 from raybooth.model.generation import GENERATOR_VERSION
 from raybooth.model.sampler import SampleRequest, denoise_step, start_row
 
@@ -203,6 +204,20 @@ def test_the_fingerprint_sees_both_text_encoders(base: Base, copy: Path, part: s
             lambda state: {name: tensor + 1e-3 for name, tensor in state.items()},
         )
     assert fingerprint_base(copy) != base.fingerprint
+
+
+def test_a_full_run_moves_and_keeps_both_text_encoders(tiny: Path, tmp_path: Path) -> None:
+    moved, plain = load_base(str(tiny)), load_base(str(tiny))
+    parts = trained_parts(moved, text_encoder=True)
+    assert list(parts) == ["unet", "text_encoder", "text_encoder_2"]
+    for part in parts.values():
+        for weight in part.parameters():
+            weight.data.mul_(1.01)
+    save_full(tmp_path, {name: part.state_dict() for name, part in parts.items()})
+    before = _latents(plain, [REQUEST])[0]
+    load_full(plain, tmp_path, parts)
+    assert torch.equal(_latents(plain, [REQUEST])[0], _latents(moved, [REQUEST])[0])
+    assert not torch.equal(_latents(plain, [REQUEST])[0], before)
 
 
 def _pickled(base: Path) -> None:
