@@ -22,6 +22,7 @@ def test_the_commands_that_scripts_rely_on_are_there() -> None:
     found = commands(build_parser())
     assert set(found) == {
         *("check", "train", "models", "generate", "prior", "pocket", "serve"),
+        *("export", "import", "evaluate", "bench"),
     }
     assert {"ls", "build", "gc"} <= set(commands(found["prior"]))
     assert {"draw", "pretrain", "path", "report"} <= set(commands(found["pocket"]))
@@ -34,6 +35,9 @@ def test_the_commands_that_scripts_rely_on_are_there() -> None:
         ["train", "fleet.yaml", "--json"],
         ["models", "--json"],
         ["prior", "ls", "--json"],
+        ["export", "rex@2", "--format", "kohya", "-o", "rex.safetensors"],
+        ["import", "rex.safetensors", "--subject", "rex", "--base", "pocket"],
+        ["evaluate", "rex@2", "--json"],
         ["serve", "--host", "127.0.0.1", "--port", "8000", "--base", "pocket"],
         [
             *("generate", "rex@2", "a photo of sks dog", "--seed", "1", "--steps", "5"),
