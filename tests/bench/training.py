@@ -27,7 +27,7 @@ def run(rounds: int) -> list[BenchReport]:
     base = load_base("pocket")
     train = load_config(TrainConfig, find_config("train", "pocket-lora"))
     train = train.model_copy(update={"num_train_steps": 1_000_000})
-    jobs = [_job(base, train, index) for index in range(max(SIZES))]
+    jobs = [draw_job(base, train, index) for index in range(max(SIZES))]
     contenders = [Contender("PEFT, one subject", _peft(base, train, jobs[0]), STEPS)]
     for size in SIZES:
         contenders.append(Contender(f"pack of {size}", _pack(train, jobs[:size]), STEPS * size))
@@ -45,7 +45,7 @@ def run(rounds: int) -> list[BenchReport]:
     return [measure(title, "subject-steps/s", everyone, reference, rounds, command, notes)]
 
 
-def _job(base: Base, train: TrainConfig, index: int) -> SlotJob:
+def draw_job(base: Base, train: TrainConfig, index: int) -> SlotJob:
     side = train.resolution // base.vae_scale_factor
     generator = torch.Generator().manual_seed(index)
     shape = (base.latent_channels, side, side)
