@@ -134,14 +134,15 @@ def evaluate_record(
     base: Base, record: Record, photos: list[Path], sampling: Sampling, judges: Encoders
 ) -> Scores:
     """Draws the published model's samples on `base` and scores them."""
-    from raybooth.commands.generate import take_on
+    from raybooth.commands.generate import take_on, text_of
     from raybooth.data.images import load_photo
     from raybooth.evaluation import Words, draw, score
 
     words = Words(record.identifier, record.class_noun)
     bank = take_on(base, record)
     try:
-        samples = draw(base, bank, 0 if bank is None else 1, words, sampling)
+        slot = 0 if bank is None else 1
+        samples = draw(base, bank, slot, words, sampling, text_of(base, record))
     finally:
         if bank is not None:
             bank.detach()

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybooth.config.adapter import countable
 from raybooth.errors import (
     BaseModelError,
     ConfigError,
@@ -70,6 +71,8 @@ class SubjectJob:
             resources=train.resources,
             num_workers=train.full.num_workers,
             base_prediction=train.prior.kind == "base_prediction",
+            text_targets=train.adapter.text_targets,
+            identifier_tokens=train.adapter.identifier_tokens,
         )
 
     def _prior_need(self) -> PriorNeed | None:
@@ -219,7 +222,8 @@ def _prompt_problems(subject: Subject, tokenizer: Any) -> list[InputError]:
         prompts.append(("class prompt", subject.class_prompt))
     prompts.extend(("sample prompt", prompt) for prompt in subject.sample_prompts)
     for kind, prompt in prompts:
-        if cut := cut_tokens(tokenizer, prompt):
+        number = subject.train.adapter.identifier_tokens
+        if cut := cut_tokens(tokenizer, countable(prompt, subject.identifier, number)):
             what = f"subject {subject.subject_id!r}: its {kind} is too long"
             found = f"{len(cut)} tokens that would be cut: {' '.join(cut)}"
             problems.append(SubjectError(what, found, "shorten it"))
@@ -230,7 +234,7 @@ def _identifier_warnings(subject: Subject, tokenizer: Any) -> list[str]:
     from raybooth.model.tokens import token_split
 
     tokens = token_split(tokenizer, subject.identifier)
-    if len(tokens) == 1:
+    if len(tokens) == 1 or subject.train.adapter.identifier_tokens:
         return []
     split = " + ".join(tokens) or "nothing"
     return [
