@@ -59,7 +59,7 @@ def wakes(function: Callable[Concatenate[Base, _P], _R]) -> Callable[Concatenate
     """`function(base, ...)` with every part of the base on its device."""
 
     @wraps(function)
-    def call(base: Base, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(base: Base, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with awake(base):
             return function(base, *args, **kwargs)
 
