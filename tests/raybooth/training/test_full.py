@@ -18,13 +18,13 @@ from tests.raybooth.training.full_jobs import (
 )
 from tests.raybooth.training.jobs import spoil
 from tests.raybooth.training.test_rows import photograph_job
-from tests.tiny import write_tiny_base
+from tests.tiny import write_tiny_base, write_tiny_sdxl
 from torch import Tensor
 
 from raybooth.config import merge
 from raybooth.data.batch import make_slot_batch
 from raybooth.errors import CheckpointError, ConfigError, TrainingError
-from raybooth.model.base import Base, load_base
+from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.model.full_weights import load_full, save_full, trained_parts
 from raybooth.training import objective
 from raybooth.training.full import FullRun, split
@@ -259,3 +259,28 @@ def test_the_first_train_step_loses_what_a_pack_loses(
     run.close()
     for name in ("loss", "instance_loss", "prior_loss"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+
+
+def test_both_text_encoders_of_sdxl_are_trained(tmp_path: Path) -> None:
+    """Pooled text with gradients, sizes beside the token ids, checkpointed blocks under ZeRO 3."""
+    base = load_base(str(write_tiny_sdxl(tmp_path / "base")))
+    sizes = base.family.size_conditioning((32, 32), (0, 0), (32, 32))
+    full = {"text_encoder": True, "zero_stage": 3}
+    job = full_job(full=full, num_train_steps=2, gradient_checkpointing=True)
+    own, prior = job.tensors, job.tensors.prior
+    assert prior is not None
+    tensors = replace(
+        own,
+        instance_conditioning=encode_prompts(base, own.prompts),
+        size_conditioning={name: row.repeat(len(own.mean_NCHW), 1) for name, row in sizes.items()},
+        prior=replace(prior, conditioning={**encode_prompts(base, [CLASS_PROMPT]), **sizes}),
+    )
+    run = FullRun(fresh(base), replace(job, tensors=tensors))
+    losses = [run.step().loss for _ in range(2)]
+    weights = run.weights()
+    run.close()
+    assert all(loss > 0 for loss in losses)
+    for part, module in trained_parts(base, text_encoder=True).items():
+        before = module.state_dict()
+        moved = sum(not torch.equal(value, before[name]) for name, value in weights[part].items())
+        assert moved > 0.6 * len(before), part  # the last layer of the first encoder is unread
