@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +95,16 @@ def load_judges(arguments: argparse.Namespace, base_name: str, device: str) -> E
 def run(arguments: argparse.Namespace) -> int:
     """Prints the scores; raises InputError when photos or encoders are missing."""
     check_options(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries' own words go
+        document = _evaluate(arguments)
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _show(document)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     store = Store(store_folder())
     record = store.fetch(arguments.reference)
     photos = find_photos(record, arguments.photos)
@@ -122,12 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         zero_terminal_snr=record.zero_terminal_snr,
     )
     scores = evaluate_record(base, record, photos, sampling, judges)
-    document = describe(record, scores, sampling, judges, len(photos))
-    if arguments.json:
-        print(json.dumps(document, indent=2))
-    else:
-        _show(document)
-    return 0
+    return describe(record, scores, sampling, judges, len(photos))
 
 
 def evaluate_record(
