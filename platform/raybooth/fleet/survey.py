@@ -16,6 +16,7 @@ from raybooth.config.adapter import countable
 from raybooth.errors import (
     BaseModelError,
     ConfigError,
+    EncoderError,
     InputError,
     InputProblems,
     SubjectError,
@@ -129,10 +130,11 @@ def survey_fleet(path: Path, priors: PriorCache) -> Survey:
     problems.extend(_tracking_problems(fleet))
     warnings: list[str] = []
     for subject in fleet.subjects:
-        problems.extend(_matrix_problems(subject))
         problems.extend(photo_problems(subject, shape))
         problems.extend(sidecar_problems(subject))
         warnings.extend(sidecar_warnings(subject))
+        problems.extend(_matrix_problems(subject))
+        problems.extend(_validation_problems(subject))
         if shape is not None:
             problems.extend(size_problems(subject.subject_id, subject.train.resolution, shape))
             problems.extend(_target_problems(subject, shape))
@@ -164,6 +166,24 @@ def _tracking_problems(fleet: Fleet) -> list[InputError]:
     missing = [name for name in fleet.tracking.trackers if find_spec(name) is None]
     what = "tracking.trackers names what is not installed"
     return [ConfigError(what, name, f"pip install 'raybooth[{name}]'") for name in missing]
+
+
+def _validation_problems(subject: Subject) -> list[InputError]:
+    """Too many photos held out, encoders that are not there."""
+    from raybooth.fleet.held_out import held_out_problem
+
+    config = subject.train.validation
+    found = held_out_problem(subject)
+    problems: list[InputError] = [] if found is None else [found]
+    for source, part in ((config.image_encoder, "embedder"), (config.clip, "clip")):
+        if source is not None:
+            from raybooth.encoders import encoder_folder
+
+            try:
+                encoder_folder(source, part)
+            except EncoderError as error:
+                problems.append(error)
+    return problems
 
 
 def _matrix_problems(subject: Subject) -> list[InputError]:
