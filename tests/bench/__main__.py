@@ -15,7 +15,7 @@ from rich.table import Table
 from tests.bench.rounds import BenchReport, machine
 
 RESULTS = Path(__file__).parent / "results"
-BENCHES = ("training", "serving", "fleet")
+BENCHES = ("training", "serving", "fleet", "states")
 
 
 def main() -> int:
