@@ -31,4 +31,3 @@ def test_what_a_function_gives_and_raises_goes_through(base: Base) -> None:
     assert double(base, 3, plus=1) == 7
     with pytest.raises(ValueError, match="below zero"):
         double(base, -1)
-
