@@ -30,7 +30,8 @@ from raybooth.evaluation import Sampling, Words, draw, score
 from raybooth.model.base import Base, load_base
 from raybooth.pocket import world
 from raybooth.subject import Subject
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 
 CLASSES = ("robot", "fish", "house", "car")
 PRIORS: dict[str, dict[str, Any]] = {

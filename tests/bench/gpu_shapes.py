@@ -16,7 +16,7 @@ from raybooth.data.prior import PriorTensors
 from raybooth.fleet.memory import BaseShape
 from raybooth.model.base import Base
 from raybooth.model.families import FAMILIES
-from raybooth.training.pack import SlotJob
+from raybooth.training.job import SlotJob
 
 SCHEDULE = {
     "num_train_timesteps": 1000,

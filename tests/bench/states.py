@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from raybooth.config import TrainConfig, find_config, load_config
 from raybooth.model.base import load_base
+from raybooth.training.job import SlotJob
 from raybooth.training.loop import train_pack
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.pack import Pack
 from tests.bench.rounds import BenchReport, Contender, measure
 from tests.bench.training import draw_job
 

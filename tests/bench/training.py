@@ -14,7 +14,8 @@ from raybooth.data.encode import SubjectTensors
 from raybooth.data.prior import PriorTensors
 from raybooth.model.base import Base, encode_prompts, load_base, predict
 from raybooth.model.lora import PRESETS
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 from tests.bench.rounds import BenchReport, Contender, measure
 
 STEPS = 4

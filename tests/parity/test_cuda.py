@@ -15,7 +15,8 @@ from raybooth.model.base import Base, load_base
 from raybooth.model.lora import PRESETS
 from raybooth.model.resting import rest
 from raybooth.model.sampler import SampleRequest, generate
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 from tests.bench.gpu_shapes import MODELS, make_base, shape_of
 from tests.bench.gpu_shapes import make_job as make_full_job
 from tests.raybooth.training.jobs import flatten, four_jobs, largest, make_job, relative

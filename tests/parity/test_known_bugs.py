@@ -20,7 +20,8 @@ from raybooth.data.batch import SlotBatch, make_slot_batch, plan_batch
 from raybooth.data.prior_key import prior_key
 from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.training import objective
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 from tests.raybooth.training.jobs import make_job
 from tests.tiny import write_tiny_base
 

@@ -20,7 +20,8 @@ from raybooth.data.batch import plan_batch, stream
 from raybooth.data.encode import SubjectTensors
 from raybooth.data.prior import PriorTensors
 from raybooth.model.base import Base, encode_images, encode_prompts, load_base
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 from tests.parity.published import Draws, Published
 from tests.tiny import RESOLUTION, write_tiny_base, write_tiny_sdxl
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from raybooth.model.base import Base
     from raybooth.subject import Subject
-    from raybooth.training.pack import SlotJob
+    from raybooth.training.job import SlotJob
 
 
 def publish_full(

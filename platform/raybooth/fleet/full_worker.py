@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raybooth.model.base import Base
     from raybooth.training.full import FullReport
     from raybooth.training.full_loop import FullOutcome
-    from raybooth.training.pack import SlotJob
+    from raybooth.training.job import SlotJob
 
 Result = TypeVar("Result")
 
@@ -123,7 +123,7 @@ class FullWorker:
         """The subject's tensors, by the first worker; the others read what it cached."""
         from raybooth.data.encode import encode_subject
         from raybooth.data.prior import PriorCache
-        from raybooth.training.pack import SlotJob
+        from raybooth.training.job import SlotJob
 
         folders, subject = self._task.folders, self._subject
 

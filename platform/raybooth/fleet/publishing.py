@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from raybooth.model.base import Base
     from raybooth.model.text_adapter import TextAdapter
     from raybooth.subject import Subject
-    from raybooth.training.pack import Pack, SlotJob
+    from raybooth.training.job import SlotJob
+    from raybooth.training.pack import Pack
     from raybooth.training.validation import Validation
 
 CURVE_POINTS = 200

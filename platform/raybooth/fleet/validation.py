@@ -11,7 +11,7 @@ from raybooth.evaluation import Words
 from raybooth.fleet.held_out import held_out_problem
 from raybooth.model.base import Base
 from raybooth.subject import Subject
-from raybooth.training.pack import SlotJob
+from raybooth.training.job import SlotJob
 from raybooth.training.validation import Validation, ValidationTask, hold_out
 
 

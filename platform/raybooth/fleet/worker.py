@@ -19,7 +19,8 @@ from raybooth.store import Store
 if TYPE_CHECKING:
     from raybooth.data.encode import SubjectTensors
     from raybooth.model.base import Base
-    from raybooth.training.pack import Pack, SlotJob, SlotReport
+    from raybooth.training.job import SlotJob, SlotReport
+    from raybooth.training.pack import Pack
     from raybooth.training.validation import Validation
 
 CURVES = ("instance_loss", "prior_loss", "grad_norm", "learning_rate")
@@ -113,8 +114,8 @@ class PackWorker:
         from raybooth.data.prior import PriorCache
         from raybooth.fleet.validation import split_photos
         from raybooth.training.checkpoint import load_latest
+        from raybooth.training.job import SlotJob
         from raybooth.training.loop import job_fields
-        from raybooth.training.pack import SlotJob
 
         folders = self._task.folders
         priors = PriorCache(folders.priors)

@@ -26,8 +26,8 @@ from raybooth.model.base import Base
 from raybooth.model.full_weights import trained_parts
 from raybooth.training import objective
 from raybooth.training.full_engine import FullEngine
+from raybooth.training.job import SlotJob
 from raybooth.training.optim import lr_at
-from raybooth.training.pack import SlotJob
 
 
 class FullModel(nn.Module):

@@ -16,8 +16,8 @@ from raybooth.errors import PeerLostError
 from raybooth.model.base import Base
 from raybooth.training.full import FullReport, FullRun
 from raybooth.training.full_state import FullWriter, load_full_state
+from raybooth.training.job import SlotJob
 from raybooth.training.loop import job_fields
-from raybooth.training.pack import SlotJob
 
 
 @dataclass(frozen=True, slots=True)

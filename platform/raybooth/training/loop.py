@@ -11,7 +11,8 @@ from typing import Any
 
 from raybooth.model.base import Base
 from raybooth.training.checkpoint import CheckpointWriter, SlotState, load_latest
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.job import SlotJob, SlotReport
+from raybooth.training.pack import Pack
 from raybooth.training.validation import Validation
 
 _NOT_THE_RESULT = {

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raybooth.config import TrainConfig
 from raybooth.config.adapter import learned_identifier
 from raybooth.data.batch import SlotBatch, make_slot_batches, stream
-from raybooth.data.encode import SubjectTensors
 from raybooth.errors import CheckpointError, ConfigError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
@@ -25,47 +23,15 @@ from raybooth.model.learned import LearnedTokens, init_tokens, token_sites
 from raybooth.model.lora import AdapterTensors, LoraPair, find_sites, find_text_sites
 from raybooth.model.text_adapter import TextAdapter
 from raybooth.training.checkpoint import SlotState, snapshot
+from raybooth.training.job import SlotJob, SlotReport, Status
 from raybooth.training.layout import SlotLayout
 from raybooth.training.optim import SlotAdamW, SlotUpdate, clip_coefficient, lr_at
 from raybooth.training.rows import RowLosses
 from raybooth.training.wording import Wording
 
-Status = Literal["running", "finished", "failed", "cancelled"]
-
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_STEPS = 2000
 """fp16: good train steps after which a slot's loss scale doubles."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotJob:
-    """One subject to train: its words are in `tensors` already."""
-
-    job_id: str
-    subject_id: str
-    seed: int
-    train: TrainConfig
-    tensors: SubjectTensors
-    class_noun: str = ""
-    class_prompt: str = ""
-    """Both are read where text encoders or tokens train."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotReport:
-    """What one train step did to one slot."""
-
-    job_id: str
-    train_step: int
-    """Train steps done."""
-    loss: float
-    instance_loss: float
-    prior_loss: float
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    status: Status
-    error: str | None = None
 
 
 class Pack:

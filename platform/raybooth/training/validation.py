@@ -27,7 +27,8 @@ from raybooth.encoders import ClipEncoder, ImageEncoder
 from raybooth.evaluation import mean_cosine, mean_pairwise_cosine
 from raybooth.model.base import Base
 from raybooth.model.sampler import SampleRequest, generate
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.job import SlotJob, SlotReport
+from raybooth.training.pack import Pack
 from raybooth.validation_record import ValidationPoint, ValidationRecord
 
 Images = Sequence[Image.Image]

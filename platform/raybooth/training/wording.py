@@ -6,7 +6,6 @@ Shapes: B rows of a call, M different (slot, prompt) pairs of them, N prompts of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,7 @@ from raybooth.errors import ConfigError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
 from raybooth.model.learned import spell_out, with_tokens
-
-if TYPE_CHECKING:
-    from raybooth.training.pack import SlotJob
+from raybooth.training.job import SlotJob
 
 
 class Wording:

@@ -29,7 +29,8 @@ from raybooth.fleet.memory import (
 )
 from raybooth.model.base import Base, load_base
 from raybooth.model.lora import PRESETS
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

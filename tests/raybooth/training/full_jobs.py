@@ -17,7 +17,7 @@ from raybooth.errors import PeerLostError
 from raybooth.model.base import Base, load_base
 from raybooth.training.full import FullRun
 from raybooth.training.full_loop import train_full
-from raybooth.training.pack import SlotJob
+from raybooth.training.job import SlotJob
 
 CLASS_PROMPT = "a photo of a robot"
 TRAIN: dict[str, Any] = {

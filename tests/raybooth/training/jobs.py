@@ -13,7 +13,7 @@ from raybooth.config import TrainConfig, merge
 from raybooth.data.encode import SubjectTensors
 from raybooth.data.prior import PriorTensors
 from raybooth.model.lora import AdapterTensors
-from raybooth.training.pack import SlotJob
+from raybooth.training.job import SlotJob
 
 TRAIN: dict[str, Any] = {
     "resolution": 32,

@@ -16,8 +16,9 @@ from torch import Tensor
 from raybooth.errors import CheckpointError
 from raybooth.model.base import Base
 from raybooth.training.checkpoint import SlotState, load_latest
+from raybooth.training.job import SlotJob, SlotReport
 from raybooth.training.loop import PackReport, job_fields, train_pack
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.pack import Pack
 
 ROOT = Path(__file__).parents[3]
 STEPS = 6

@@ -23,7 +23,8 @@ from torch import Tensor
 from raybooth.errors import ConfigError
 from raybooth.model.base import Base, load_base
 from raybooth.model.sampler import SampleRequest, generate
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.job import SlotJob, SlotReport
+from raybooth.training.pack import Pack
 from raybooth.training.reference import train_subject
 
 EXACT = 1e-10

@@ -20,7 +20,8 @@ from raybooth.data.prior_build import build_prior
 from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.model.lora import AdapterTensors
 from raybooth.subject import Subject
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.job import SlotJob
+from raybooth.training.pack import Pack
 from raybooth.training.wording import Wording
 
 SIZES = {"rex": (56, 40), "bella": (36, 72)}

@@ -13,7 +13,8 @@ from tests.tiny import write_tiny_base
 from raybooth.data.batch import make_slot_batches
 from raybooth.errors import ConfigError
 from raybooth.model.base import Base, load_base
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.job import SlotJob, SlotReport
+from raybooth.training.pack import Pack
 from raybooth.training.reference import train_subject
 from raybooth.training.rows import RowLosses
 from raybooth.training.wording import Wording

@@ -16,8 +16,9 @@ from tests.raybooth.training.test_loop import numbers, states
 from raybooth.encoders import load_clip, load_image_encoder
 from raybooth.model.base import Base
 from raybooth.pocket import world
+from raybooth.training.job import SlotJob
 from raybooth.training.loop import PackReport, train_pack
-from raybooth.training.pack import Pack, SlotJob
+from raybooth.training.pack import Pack
 from raybooth.training.validation import Validation, ValidationTask, fixed_loss, hold_out
 from raybooth.validation_record import ValidationRecord
 

@@ -19,7 +19,8 @@ from raybooth.data.batch import make_slot_batch
 from raybooth.errors import ConfigError
 from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.model.learned import init_tokens
-from raybooth.training.pack import Pack, SlotJob, SlotReport
+from raybooth.training.job import SlotJob, SlotReport
+from raybooth.training.pack import Pack
 
 EXACT = 1e-10
 TEXT: dict[str, Any] = {
