@@ -15,7 +15,7 @@ from rich.table import Table
 from tests.bench.rounds import BenchReport, machine
 
 RESULTS = Path(__file__).parent / "results"
-BENCHES = ("training", "serving", "fleet", "states")
+BENCHES = ("training", "serving", "fleet", "states", "full")
 
 
 def main() -> int:
@@ -32,10 +32,10 @@ def main() -> int:
     reports: list[BenchReport] = []
     for name in options.benches:
         console.rule(name)
-        reports += importlib.import_module(f"tests.bench.{name}").run(options.rounds)
-        _print(reports[-1], console)
-    for report in reports[:-1]:
-        _print(report, console)
+        found = importlib.import_module(f"tests.bench.{name}").run(options.rounds)
+        for report in found:
+            _print(report, console)
+        reports += found
     if not options.no_file:
         path = _write(reports)
         console.print(f"written to {path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,20 @@ def _ratios(per_s: Mapping[str, list[float]], reference: str) -> list[Measured]:
     return rows
 
 
+def most_bytes(work: Callable[[], None]) -> int:
+    """Bytes that torch's CPU allocator held at most during `work`, beyond those held before."""
+    gc.collect()  # or what an earlier contender left would be freed within the count
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    now = most = 0
+    assert profiled.profiler is not None
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
@@ -94,6 +111,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": cpu,
         "gpu": gpu,
+        "load": f"{os.getloadavg()[2]:.1f} processes on average in the last 15 minutes",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
