@@ -1,6 +1,8 @@
 """Predicts the memory of a pack from the shapes of its base; reads headers, never weights.
 
 bytes = process + base + (S + 1) slots x P x (fp32 master, gradient, moments) + activations
+
+P counts LoRA sites of denoiser and text encoders, and learned tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from raybooth.config import Precision
 from raybooth.config.adapter import matches_target
 from raybooth.errors import BaseModelError
 from raybooth.fleet.activations import Adapters, Rows, activation_bytes
+from raybooth.fleet.text_memory import TextShape
 from raybooth.model.files import WEIGHTS
 
 PROCESS_BYTES = 1 << 30
@@ -47,6 +50,9 @@ class BaseShape:
     native_resolution: int
     """Pixels of the side that the base was trained at."""
 
+    texts: tuple[TextShape, ...] = ()
+    """Its text encoders, which `num_other_parameters` counts as well."""
+
     @property
     def num_denoiser_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.denoiser.values())
@@ -66,6 +72,37 @@ class SlotShape:
     eight_bit: bool = False
     """Whether its optimiser keeps two bytes a parameter, not eight."""
 
+    num_prompts: int = 0
+    """Prompts that its own text encoders read in a train step; 0: all text is cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTraining:
+    """What the slots of a pack train in the text encoders."""
+
+    targets: tuple[str, ...] = ()
+    """Patterns of LoRA sites."""
+
+    num_tokens: int = 0
+    """Learned token embeddings, in each text encoder."""
+
+    def __bool__(self) -> bool:
+        return bool(self.targets or self.num_tokens)
+
+    def parameters(self, shape: BaseShape, rank: int) -> int:
+        """Of one slot."""
+        sites = sum(text.adapter_parameters(self.targets, rank) for text in shape.texts)
+        return sites + sum(self.num_tokens * text.width for text in shape.texts)
+
+    def activation_bytes(self, shape: BaseShape, rank: int, rows: int, item: int) -> int:
+        """Bytes kept by a forward of `rows` prompts through every text encoder."""
+        texts = shape.texts if self else ()
+        return sum(text.activation_bytes(self.targets, rank, rows, item) for text in texts)
+
+
+CACHED_TEXT = TextTraining()
+"""No text encoder trains; prompts are encoded once."""
+
 
 def read_base_shape(folder: Path) -> BaseShape:
     """The shape of the base in `folder`, from config.json files and safetensors headers alone."""
@@ -80,6 +117,7 @@ def read_base_shape(folder: Path) -> BaseShape:
         block_channels=tuple(unet.get("block_out_channels", (320, 640, 1280, 1280))),
         vae_scale_factor=factor,
         native_resolution=int(unet.get("sample_size") or 64) * factor,
+        texts=tuple(_text(folder / part) for part in parts if part.startswith("text_encoder")),
     )
 
 
@@ -107,11 +145,12 @@ def pack_memory_bytes(
     precision: Precision,
     gradient_checkpointing: bool = False,
     on_gpu: bool = False,
+    text: TextTraining = CACHED_TEXT,
 ) -> int:
     """Predicted bytes of a worker that trains these slots together, on its device.
 
-    On a GPU the VAE and the text encoders leave before training starts; on a CPU they stay, in
-    fp32.
+    On a GPU the VAE and the text encoders that no slot trains leave before training starts; on a
+    CPU they stay, in fp32.
     """
     tensors = pack_tensor_bytes(
         shape,
@@ -121,11 +160,13 @@ def pack_memory_bytes(
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         on_gpu=on_gpu,
+        text=text,
     )
     item = BYTES[precision]
     denoiser = shape.num_denoiser_parameters * item
     others = shape.num_other_parameters * (item if on_gpu else BYTES["fp32"])
     if on_gpu:
+        tensors += sum(encoder.num_parameters for encoder in shape.texts) * item * bool(text)
         return PROCESS_BYTES + denoiser + max(others, tensors)
     return PROCESS_BYTES + denoiser + others + tensors
 
@@ -139,13 +180,15 @@ def pack_tensor_bytes(
     precision: Precision,
     gradient_checkpointing: bool = False,
     on_gpu: bool = False,
+    text: TextTraining = CACHED_TEXT,
 ) -> int:
     """Predicted bytes that a pack adds to its base: bank, optimiser and activations at the peak."""
     if not slots:
         return 0
     item = BYTES[precision]
     rank = max(slot.rank for slot in slots)  # slots are padded to the largest
-    padded = -(-adapter_parameters(shape, targets, rank) // SLOT_BLOCK) * SLOT_BLOCK
+    numbers = adapter_parameters(shape, targets, rank) + text.parameters(shape, rank)
+    padded = -(-numbers // SLOT_BLOCK) * SLOT_BLOCK
     states = 2 * 4 * (len(slots) + 1) * padded  # master and gradient, the null adapter's too
     if not all(slot.eight_bit for slot in slots):
         states += 2 * 4 * (len(slots) + 1) * padded
@@ -161,6 +204,7 @@ def pack_tensor_bytes(
     )
     adapters = Adapters(lambda name: any(is_target(name, suffix) for suffix in targets), rank)
     saved = activation_bytes(shape.denoiser, rows, adapters, checkpointing=gradient_checkpointing)
+    saved += text.activation_bytes(shape, rank, sum(slot.num_prompts for slot in slots), item)
     widest = shape.block_channels[0] * rows.count * rows.side**2 * item
     return states + saved + BACKWARD_WIDTHS * widest
 
@@ -188,6 +232,10 @@ def _weights(folder: Path) -> dict[str, tuple[int, ...]]:
         do = "a base needs safetensors weights in diffusers' layout"
         raise BaseModelError(f"{folder} holds no safetensors weights", "none", do)
     return shapes
+
+
+def _text(folder: Path) -> TextShape:
+    return TextShape(_weights(folder), _config(folder).get("hidden_act") != "gelu")
 
 
 def _config(folder: Path) -> dict[str, Any]:

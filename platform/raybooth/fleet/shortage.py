@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raybooth.errors import TrainingError
-from raybooth.fleet.memory import SlotShape, pack_tensor_bytes, read_base_shape
+from raybooth.fleet.memory import read_base_shape
+from raybooth.fleet.prediction import worker_tensor_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -67,22 +68,8 @@ def shortage(base: Base, trains: Sequence[TrainConfig]) -> TrainingError:
 
 def predicted_bytes(base: Base, trains: Sequence[TrainConfig]) -> int:
     """What a pack of these subjects adds to its base at the peak."""
-    from raybooth.model.lora import PRESETS
-
-    first = trains[0]
-    targets = first.adapter.targets
-    return pack_tensor_bytes(
-        read_base_shape(base.folder),
-        [
-            SlotShape(train.adapter.rank, train.num_rows, train.optimizer.name != "adamw")
-            for train in trains
-        ],
-        targets=PRESETS[targets] if isinstance(targets, str) else targets,
-        resolution=first.resolution,
-        precision=first.precision,
-        gradient_checkpointing=first.gradient_checkpointing,
-        on_gpu=base.device.type != "cpu",
-    )
+    on_gpu = base.device.type != "cpu"
+    return worker_tensor_bytes(read_base_shape(base.folder), trains, on_gpu=on_gpu)
 
 
 def _field(path: str, name: str) -> int:

@@ -24,9 +24,7 @@ from raybooth.errors import (
 from raybooth.fleet.machine import this_machine
 from raybooth.fleet.memory import (
     BaseShape,
-    SlotShape,
     is_target,
-    pack_memory_bytes,
     read_base_shape,
 )
 from raybooth.fleet.photographs import (
@@ -99,8 +97,20 @@ class Survey:
     warnings: tuple[str, ...]
 
     def pack_memory(self, *, has_gpus: bool) -> PackMemory:
-        """Predicts the bytes of a pack on this base, in a cluster with or without GPUs."""
-        return lambda jobs: _pack_memory(self.shape, jobs, has_gpus)
+        """Predicts the bytes of a worker on this base, in a cluster with or without GPUs."""
+        from raybooth.fleet.prediction import worker_memory_bytes
+
+        trains = {job.job_id: job.subject.train for job in self.jobs}
+
+        def predict(jobs: Sequence[PlanJob]) -> int:
+            if not jobs:
+                return 0
+            num_gpus = jobs[0].resources.num_gpus
+            on_gpu = has_gpus if num_gpus is None else num_gpus > 0
+            own = [trains[job.job_id] for job in jobs]
+            return worker_memory_bytes(self.shape, own, on_gpu=on_gpu)
+
+        return predict
 
 
 def survey_fleet(path: Path, priors: PriorCache) -> Survey:
@@ -279,21 +289,3 @@ def _jobs(fleet: Fleet, fingerprint: str, priors: PriorCache) -> tuple[SubjectJo
         job_id = f"{subject.subject_id}-{subject.digest(fingerprint)[:12]}"
         jobs.append(SubjectJob(job_id, subject, key, cached, damaged))
     return tuple(jobs)
-
-
-def _pack_memory(shape: BaseShape, jobs: Sequence[PlanJob], has_gpus: bool) -> int:
-    if not jobs:
-        return 0
-    from raybooth.model.targets import PRESETS
-
-    slots = [SlotShape(job.rank, job.num_rows) for job in jobs]
-    first = jobs[0]
-    return pack_memory_bytes(
-        shape,
-        slots,
-        targets=PRESETS[first.targets] if isinstance(first.targets, str) else first.targets,
-        resolution=first.resolution,
-        precision=first.precision,
-        gradient_checkpointing=first.gradient_checkpointing,
-        on_gpu=has_gpus if first.resources.num_gpus is None else first.resources.num_gpus > 0,
-    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raybooth.config import TrainConfig
 from raybooth.errors import ConfigError
 from raybooth.training.checkpoint import snapshot
-from raybooth.training.full_matrix import Cell, cell_of, reason_against
+from raybooth.training.full_matrix import BUCKET_NUMBERS, Cell, cell_of, reason_against
 from raybooth.training.full_optim import make_optimizer
 
 
@@ -38,7 +38,7 @@ class FullEngine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._optimizer,
-            config=_settings(cell, train),
+            config=_settings(cell, train, sum(weight.numel() for weight in self._parameters)),
             dist_init_required=False,
         )
 
@@ -100,8 +100,9 @@ class FullEngine:
         return list(self._zero.single_partition_of_fp32_groups)
 
 
-def _settings(cell: Cell, train: TrainConfig) -> dict[str, Any]:
+def _settings(cell: Cell, train: TrainConfig, num_parameters: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": cell.zero_stage}
+    zero["reduce_bucket_size"] = min(num_parameters, BUCKET_NUMBERS)
     if cell.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cell.offload == "all":

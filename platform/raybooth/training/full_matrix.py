@@ -18,6 +18,9 @@ Device = Literal["cpu", "cuda"]
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 OFFLOADS = ("none", "optimizer", "all")
 
+BUCKET_NUMBERS = 500_000_000
+"""Gradients that the workers reduce at a time; DeepSpeed takes memory for as many at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:

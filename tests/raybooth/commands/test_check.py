@@ -68,6 +68,21 @@ def test_a_good_fleet_is_planned(
     assert ["tom"] in [pack["subjects"] for pack in plan["packs"]]
 
 
+def test_a_full_run_is_told_its_own_memory(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = {"rank": 4, "targets": "attention"}  # the defaults: a full run has no adapter
+    full = {"method": "full", "adapter": plain, "optimizer": {"learning_rate": 1e-5}}
+    subjects = {"rex": {}, "tom": {**full}, "kit": {**full, "full": {"text_encoder": True}}}
+    assert run_check(write_fleet(tmp_path, base, subjects), "--json") == 0
+    packs = json.loads(capsys.readouterr().out)["packs"]
+    told = {pack["subjects"][0]: pack["memory_bytes"] for pack in packs}
+    shape = read_base_shape(base)
+    moments = 8 * shape.num_denoiser_parameters
+    assert told["tom"] - told["rex"] > moments
+    assert told["kit"] - told["tom"] > 8 * shape.texts[0].num_parameters
+
+
 def test_the_plan_is_readable(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
