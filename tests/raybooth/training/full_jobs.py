@@ -62,6 +62,20 @@ def losses_of(base: Base, job: SlotJob) -> tuple[list[tuple[float, float, float]
     return curve, norms
 
 
+def resumed_and_whole(
+    base: Base, stage: int, world: int, root: Path
+) -> list[tuple[list[tuple[float, float, float]], dict[str, Any]]]:
+    """Curve and weights of a run stopped after its second step, and of one that was not."""
+    job = full_job(full={"zero_stage": stage, "num_workers": world, "text_encoder": True})
+    stops = iter([False, True])
+    stopped = train_full(
+        fresh(base), job, checkpoint_root=root / "halved", should_stop=lambda: next(stops)
+    )
+    assert stopped.weights is None
+    ended = [train_full(fresh(base), job, checkpoint_root=root / name) for name in ("halved", "w")]
+    return [(list(outcome.curve), outcome.weights or {}) for outcome in ended]
+
+
 def worker(
     rank: int, world: int, meeting: str, base_folder: str, cells: list[Any], out: str
 ) -> None:
@@ -71,6 +85,8 @@ def worker(
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
     base = load_base(base_folder)
     found = [losses_of(base, full_job(**cell)) for cell in cells]
+    root = Path(out).parent / "resumed"
+    resumed = [resumed_and_whole(base, stage, world, root / str(stage)) for stage in (2, 3)]
     if rank > 0:
         os._exit(0)  # the first worker goes on and meets nobody
     reason = "nobody was missed"
@@ -79,5 +95,5 @@ def worker(
         train_full(fresh(base), job, checkpoint_root=Path(out).parent / "checkpoints")
     except PeerLostError as error:
         reason = str(error)
-    torch.save((found, reason), Path(out))
+    torch.save((found, reason, resumed), Path(out))
     os._exit(0)  # a process group that broke cannot be ended

@@ -161,8 +161,11 @@ def test_two_workers_lose_what_one_loses(base: Base, tiny_folder: Path, tmp_path
         (2, str(tmp_path / "meeting"), str(tiny_folder), both, str(tmp_path / "out")),
         nprocs=2,
     )
-    found, reason = torch.load(tmp_path / "out")
+    found, reason, resumed = torch.load(tmp_path / "out")
     assert "a worker of this full run was lost" in reason
+    for (curve, weights), (whole_curve, whole) in resumed:  # ZeRO 2 and 3: the bound is 0
+        assert curve == whole_curve
+        assert torch.equal(flat(weights), flat(whole))
     for place, (curve, norms) in enumerate(found):
         expected, alone = losses_of(base, full_job(**TWO_WORKERS[place]))
         bound = LOOSER.get(place, BOUND)
