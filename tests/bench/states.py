@@ -70,7 +70,7 @@ def _checkpoints(train: TrainConfig, rounds: int) -> BenchReport:
     rhythm = train.checkpoint.every_steps
     share = in_steps / (rhythm + in_steps)
     report.notes.append(
-        f"In CPU seconds, which other work on the machine hardly moves, a checkpoint of the pack "
+        f"In CPU seconds, without waits for the disk or for other work, a checkpoint of the pack "
         f"takes {one_s:.3f} s, as long as {in_steps:.2f} train steps; every {rhythm} train steps, "
         f"as in configs/train/pocket-lora, that is {share:.1%} of training."
     )
