@@ -31,8 +31,3 @@ def store_folder() -> Path:
 def priors_folder() -> Path:
     """The prior cache."""
     return home() / "priors"
-
-
-def checkpoints_folder() -> Path:
-    """Training state of unfinished jobs, one folder a job."""
-    return home() / "checkpoints"

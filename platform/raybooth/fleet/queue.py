@@ -173,10 +173,6 @@ class Queue:
             for job_id in job_ids:
                 rows.execute(query + " AND job_id = ?", (owner, job_id))
 
-    def is_held_by_other(self, job: JobRecord, owner: str) -> bool:
-        """Whether a living owner other than `owner` trains the job."""
-        return not self._is_free(job, owner, self._clock())
-
     def move(
         self,
         job_id: str,

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -291,8 +290,3 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def snapshot(tensor: Tensor) -> Tensor:
     """A copy on the CPU that later train steps do not touch."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def empty_curve() -> Tensor:
-    """The loss curve of a slot that has not trained."""
-    return torch.zeros(0, 3, dtype=torch.float64)

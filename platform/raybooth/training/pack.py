@@ -327,15 +327,6 @@ class _Entry:
         )
 
 
-def _set_checkpointing(base: Base, on: bool) -> None:
-    """Recompute activations in backward, or keep them."""
-    denoiser: Any = base.denoiser
-    if on:
-        denoiser.enable_gradient_checkpointing()
-    else:
-        denoiser.disable_gradient_checkpointing()
-
-
 def _check(base: Base, jobs: Sequence[SlotJob]) -> None:
     if not jobs:
         raise ConfigError("a pack needs a job", "none", "give at least one")
