@@ -10,13 +10,11 @@ table.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +27,7 @@ from raybooth.model.base import Base
 from raybooth.model.lora import PRESETS, find_sites, init_pair
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.training.pack import Pack
+from tests.bench.gpu_meter import Meter
 from tests.bench.gpu_shapes import (
     MODELS,
     TINY_MODELS,
@@ -47,18 +46,6 @@ RANK, ROWS = 4, 2
 SUBJECTS = 8
 DENOISE_STEPS = 10
 PROCESSES = 4
-PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "B200": 2250,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "RTX 4090": 165,
-}
-"""Dense bf16 with fp32 sums, by the device's name; from NVIDIA's data sheets."""
 
 
 class Table:
@@ -84,7 +71,7 @@ class Bench:
         self.device, self.tiny = device, tiny
         self.models = TINY_MODELS if tiny else MODELS
         self.packs = PACKS[:2] if tiny else PACKS
-        self.row_s = 0.0 if tiny else 2.0
+        self.meter = Meter(device, row_s=0.0 if tiny else 2.0)
         self.ends = time.monotonic() + limit_s
         self.dtype = torch.bfloat16
         self.table = Table()
@@ -100,7 +87,7 @@ class Bench:
                 if model is self.models[0]:
                     self._processes(model, base, model.sides[0])
                 del base
-                self._free()
+                self.meter.free()
 
     # training
 
@@ -111,10 +98,10 @@ class Bench:
             what = f"pack of {count}, {ROWS * count} rows"
             if self._is_late(model, side, what):
                 return
-            checkpointing = self._predict(base, side, count, False) > self._room()
+            checkpointing = self._predict(base, side, count, False) > self.meter.room_bytes()
             what += ", checkpointed" if checkpointing else ""
             predicted = self._predict(base, side, count, checkpointing)
-            if predicted > 1.2 * self._room():
+            if predicted > 1.2 * self.meter.room_bytes():
                 self.table.add(model.name, str(side), what, "-", "-", _size(predicted), "no room")
                 return
             try:
@@ -123,7 +110,7 @@ class Bench:
                 if not is_out_of_memory(error):
                     raise
                 self.table.add(model.name, str(side), what, "-", "-", _size(predicted), "OOM")
-                self._free()
+                self.meter.free()
                 return
             alone = alone or per_s
             self.table.add(
@@ -135,27 +122,27 @@ class Bench:
                 _size(predicted),
                 _size(allocated) if allocated else "-",
                 f"{predicted / allocated - 1:+.0%}" if allocated else "-",
-                self._mfu(flops * ROWS * per_s),
+                self.meter.mfu(flops * ROWS * per_s),
             )
 
     def _pack(
         self, model: Model, base: Base, side: int, count: int, checkpointing: bool
     ) -> tuple[float, int]:
         """(subject-steps/s, bytes beside the base at the peak; 0 without CUDA)."""
-        self._free()
+        self.meter.free()
         jobs = [
             make_job(model, base, side, i, precision="bf16", checkpointing=checkpointing)
             for i in range(count)
         ]
-        before = self._start_counting()
+        before = self.meter.start_counting()
         pack = Pack(base, jobs)
         try:
-            per_s = count * self._rate(pack.step)
-            return per_s, self._peak() - before if before is not None else 0
+            per_s = count * self.meter.rate(pack.step)
+            return per_s, self.meter.peak_bytes() - before if before is not None else 0
         finally:
             pack.close()
             del pack
-            self._free()
+            self.meter.free()
 
     def _predict(self, base: Base, side: int, count: int, checkpointing: bool) -> int:
         return pack_tensor_bytes(
@@ -209,9 +196,9 @@ class Bench:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
-        before = self._start_counting()
-        per_s = self._rate(step)
-        allocated = _size(self._peak() - before) if before is not None else "-"
+        before = self.meter.start_counting()
+        per_s = self.meter.rate(step)
+        allocated = _size(self.meter.peak_bytes() - before) if before is not None else "-"
         self.table.add(model.name, str(side), what, f"{per_s:.3g}", "", "", allocated)
 
     def _processes(self, model: Model, base: Base, side: int) -> None:
@@ -260,10 +247,10 @@ class Bench:
             pack = Pack(base, [job])
             for _ in range(2):
                 pack.step()
-            self._wait()
+            self.meter.wait()
             print("warm", flush=True)
             sys.stdin.readline()
-            print(self._rate(pack.step, warm_up=0, seconds=2 * self.row_s), flush=True)
+            print(self.meter.rate(pack.step, warm_up=0, seconds=2 * self.meter.row_s), flush=True)
 
     # serving
 
@@ -303,62 +290,14 @@ class Bench:
         def mixed() -> None:
             draw(list(range(1, subjects + 1)))
 
-        one_by_one = subjects * self._rate(swapped, warm_up=1)
-        together = subjects * self._rate(mixed, warm_up=1)
+        one_by_one = subjects * self.meter.rate(swapped, warm_up=1)
+        together = subjects * self.meter.rate(mixed, warm_up=1)
         bank.detach()
         name = f"images/s, {subjects} subjects, {steps} steps: "
         self.table.add(model.name, str(side), name + "swapped", f"{one_by_one:.3g}", "1.00")
         ratio = f"{together / one_by_one:.2f}"
         self.table.add(model.name, str(side), name + "mixed", f"{together:.3g}", ratio)
-        self._free()
-
-    # measuring
-
-    def _rate(
-        self, step: Callable[[], object], *, warm_up: int = 2, seconds: float | None = None
-    ) -> float:
-        """Calls of `step` a second."""
-        for _ in range(warm_up):
-            step()
-        self._wait()
-        started, calls = time.perf_counter(), 0
-        lasts = self.row_s if seconds is None else seconds
-        while not calls or time.perf_counter() - started < lasts:
-            step()
-            calls += 1
-            self._wait()
-        return calls / (time.perf_counter() - started)
-
-    def _start_counting(self) -> int | None:
-        """Bytes allocated now, the peak set to them; None where nothing counts."""
-        if self.device == "cpu":
-            return None
-        self._free()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated()
-
-    def _room(self) -> int:
-        """Bytes that are free on the device; a CPU is not asked."""
-        return torch.cuda.mem_get_info()[0] if self.device != "cpu" else 1 << 62
-
-    def _wait(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-
-    def _free(self) -> None:
-        gc.collect()
-        if self.device != "cpu":
-            torch.cuda.empty_cache()
-
-    def _mfu(self, flops_per_s: float) -> str:
-        if self.device == "cpu":
-            return "-"
-        name = torch.cuda.get_device_name()
-        peaks = [peak for word, peak in PEAK_TFLOPS.items() if word in name]
-        return f"{flops_per_s / (peaks[0] * 1e12):.0%}" if peaks else "-"
+        self.meter.free()
 
     def _is_late(self, model: Model, side: int, what: str, needs_s: float = 10.0) -> bool:
         late = time.monotonic() + needs_s > self.ends
