@@ -68,21 +68,27 @@ def test_unknown_name_lists_what_there_is() -> None:
         find_config("train", "pocket-lorra")
 
 
+def _bases(path: Path) -> list[tuple[str, str | None]]:
+    """(base, revision) of each base that a file names."""
+    values = load_yaml(path)
+    named = values.get("bases", [{}]) if path.parent.name == "serve" else [values]
+    return [(each.get("base", "pocket"), each.get("revision")) for each in named]
+
+
 @pytest.mark.parametrize("kind", ["base", "fleet", "serve"])
 def test_hub_bases_are_pinned_to_a_commit(kind: str) -> None:
     for path in (path for path in FILES if path.parent.name == kind):
-        values = load_yaml(path)
-        if "/" in values.get("base", "pocket"):
-            revision = values.get("revision") or ""
-            assert len(revision) == 40, f"{path} names a Hub id without a commit"
-            assert set(revision) <= set("0123456789abcdef"), f"{path}: {revision}"
+        for base, revision in _bases(path):
+            if "/" in base:
+                assert revision, f"{path} names a Hub id without a commit"
+                assert len(revision) == 40, f"{path}: {revision}"
+                assert set(revision) <= set("0123456789abcdef"), f"{path}: {revision}"
 
 
 def test_hub_bases_are_those_of_the_base_folder() -> None:
-    known = {(v["base"], v.get("revision")) for v in map(load_yaml, (CONFIGS / "base").glob("*"))}
+    known = {base for path in (CONFIGS / "base").glob("*.yaml") for base in _bases(path)}
     for path in (path for path in FILES if path.parent.name in ("fleet", "serve")):
-        values = load_yaml(path)
-        assert (values.get("base", "pocket"), values.get("revision")) in known, path
+        assert set(_bases(path)) <= known, path
 
 
 def test_fleets_name_train_configs_that_exist() -> None:

@@ -29,7 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
-from raybooth.config import ServeConfig, find_config, load_yaml, merge, parse_config
+from raybooth.config import ServeConfig, ServedBase, find_config, load_yaml, merge, parse_config
 from raybooth.errors import ClusterError, RayBoothError, ServingError
 from raybooth.home import home
 from raybooth.store import Store
@@ -57,7 +57,7 @@ class EngineReplica:
         parsed = parse_config(ServeConfig, config, "the engine's config")
         from raybooth_serving.service import Service  # torch is for engines, not for gateways
 
-        self.service = Service.start(parsed, Store(Path(root) / "models"))
+        self.service = Service.start(parsed, parsed.bases[0], Store(Path(root) / "models"))
         self.service.engine.metrics.observers.append(_StepMetrics())
 
     async def generate(self, request: ImagesRequest) -> ImagesResponse:
@@ -157,13 +157,14 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         values = merge(load_yaml(find_config("serve", named)) or {}, values)
     config = parse_config(ServeConfig, values, "serve args")
     plain = config.model_dump(mode="json")
-    queue = config.engine.max_queued_images
+    (served,) = config.bases
+    queue = served.engine.max_queued_images
     engine = serve.deployment(
         EngineReplica,
         name="engine",
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _num_gpus(config)},
-        max_ongoing_requests=queue + max(config.engine.row_buckets) + 8,  # it queues by itself
+        num_replicas=served.replicas,
+        ray_actor_options={"num_cpus": served.num_cpus, "num_gpus": _num_gpus(served)},
+        max_ongoing_requests=queue + max(served.engine.row_buckets) + 8,  # it queues by itself
         max_queued_requests=queue,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         health_check_period_s=5,
@@ -284,9 +285,9 @@ def _reason(status: Any) -> str:
     return (named or [line for line in lines if line] or ["no reason given"])[-1][:400]
 
 
-def _num_gpus(config: ServeConfig) -> float:
-    if config.num_gpus is not None:
-        return config.num_gpus
+def _num_gpus(served: ServedBase) -> float:
+    if served.num_gpus is not None:
+        return served.num_gpus
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raybooth.config import ServeConfig, ServedBase
 from raybooth.errors import InputError
 
 
@@ -23,30 +24,31 @@ def register(subparsers: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from raybooth.config import ServeConfig, find_config, load_config, parse_config
+    from raybooth.config import find_config, load_config, parse_config
     from raybooth.home import home
 
-    given = {"host": arguments.host, "port": arguments.port, "base": arguments.base}
+    given = {"host": arguments.host, "port": arguments.port}
     overrides = {key: value for key, value in given.items() if value is not None}
     if arguments.config is None:
         config = parse_config(ServeConfig, overrides, "the command line")
     else:
         config = load_config(ServeConfig, find_config("serve", arguments.config), overrides)
+    if arguments.base is not None:
+        config = _with_base(config, arguments.base)
     root = home()
 
     port = free_port(config.host, config.port)
-    folder = _base_folder(config.base, config.revision)
-    is_path = config.base != "pocket" and Path(config.base).expanduser().is_dir()
-    base = str(folder) if is_path else config.base  # replicas run in folders of their own
-    config = config.model_copy(update={"port": port, "base": base})
+    folders = [_base_folder(served.base, served.revision) for served in config.bases]
+    bases = tuple(map(_absolute, config.bases, folders))
+    config = config.model_copy(update={"port": port, "bases": bases})
 
     from raybooth.model.fingerprint import fingerprint_base
     from raybooth.store import Store
     from raybooth_serving.app import check_running, deployed
     from raybooth_serving.catalog import Catalog
 
-    catalog = Catalog(Store(root / "models"), config.base, fingerprint_base(folder))
-    print(f"starting Ray Serve with base {config.base} ...", flush=True)
+    catalog = Catalog(Store(root / "models"), bases[0].base, fingerprint_base(folders[0]))
+    print(f"starting Ray Serve with base {bases[0].base} ...", flush=True)
     with deployed(config, root) as url:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
         count = catalog.count_subjects()
@@ -55,6 +57,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         while True:
             time.sleep(5)
             check_running()
+
+
+def _with_base(config: ServeConfig, base: str) -> ServeConfig:
+    """`config` with another base in the place of its only one."""
+    if len(config.bases) > 1:
+        found, do = ", ".join(served.base for served in config.bases), "leave one of the two out"
+        raise InputError("--base names one base, the config several", found, do)
+    served = config.bases[0].model_copy(update={"base": base, "revision": None})
+    return config.model_copy(update={"bases": (served,)})
+
+
+def _absolute(served: ServedBase, folder: Path) -> ServedBase:
+    """A base by its whole path, where it is one: replicas run in folders of their own."""
+    is_path = served.base != "pocket" and Path(served.base).expanduser().is_dir()
+    return served.model_copy(update={"base": str(folder)}) if is_path else served
 
 
 def _base_folder(base: str, revision: str | None) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from raybooth.config import Precision, ServeConfig
+from raybooth.config import Precision, ServeConfig, ServedBase
 from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest
@@ -38,20 +38,21 @@ DTYPES: dict[Precision, torch.dtype] = {
 class Service:
     """Answers requests from one replica's engine."""
 
-    def __init__(self, base: Base, store: Store, config: ServeConfig) -> None:
+    def __init__(self, base: Base, store: Store, config: ServeConfig, served: ServedBase) -> None:
         self.base = base
         self.config = config
+        self.served = served
         self.name = base_name(base)
         self.catalog = Catalog(store, self.name, base.fingerprint)
-        self.engine = Engine(base, store, config.engine)
+        self.engine = Engine(base, store, served.engine)
 
     @classmethod
-    def start(cls, config: ServeConfig, store: Store) -> Service:
-        """Load the base of `config` onto the device that there is."""
+    def start(cls, config: ServeConfig, served: ServedBase, store: Store) -> Service:
+        """Load `served`, one of the bases of `config`, onto the device that there is."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = DTYPES[config.precision]
-        base = load_base(config.base, revision=config.revision, device=device, dtype=dtype)
-        return cls(base, store, config)
+        dtype = DTYPES[served.precision]
+        base = load_base(served.base, revision=served.revision, device=device, dtype=dtype)
+        return cls(base, store, config, served)
 
     async def generate(self, request: ImagesRequest) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
@@ -87,7 +88,7 @@ class Service:
 
     def _samples(self, request: ImagesRequest, record: AdapterRecord | None) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""
-        defaults = self.config.defaults
+        defaults = self.served.defaults
         width, height = parse_size(request.size, self.base.native_resolution)
         self._check_pixels(width, height)
         for name in ("prompt", "negative_prompt"):

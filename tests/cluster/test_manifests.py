@@ -312,9 +312,10 @@ def test_service_arguments_are_a_serve_config() -> None:
     arguments = application["args"]
     config = parse_config(ServeConfig, arguments, "args")
     limits = rules.container(_workers_of(_cluster_spec(BY_KIND["RayService"])))["resources"]
-    assert config.num_gpus is not None
-    assert 0 < config.num_gpus <= int(limits["limits"][rules.GPU])
-    assert config.num_cpus <= int(limits["limits"]["cpu"])
+    for served in config.bases:
+        assert served.num_gpus is not None
+        assert 0 < served.num_gpus <= int(limits["limits"][rules.GPU])
+        assert served.num_cpus <= int(limits["limits"]["cpu"])
     assert not {"host", "port"} & set(arguments), "http_options decide, these would do nothing"
 
 

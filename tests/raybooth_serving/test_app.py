@@ -19,7 +19,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig
+from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig, ServedBase
 from raybooth.errors import InputProblems, ServingError
 from raybooth.model.base import Base
 from raybooth.store import Store
@@ -52,12 +52,15 @@ def endpoint(
     store = Store(root / "models")
     for seed, subject_id in enumerate(SUBJECTS):
         publish(store, base, subject_id, seed)
-    config = ServeConfig(
+    served = ServedBase(
         base=str(tiny_folder),
-        port=free_port("127.0.0.1", 0),
         engine=EngineConfig(num_slots=2, max_rank=4, row_buckets=(4,), max_queued_images=24),
-        limits=LimitsConfig(max_body_bytes=65536, max_inference_steps=400),
         defaults=SamplingDefaults(num_inference_steps=4),
+    )
+    config = ServeConfig(
+        port=free_port("127.0.0.1", 0),
+        bases=(served,),
+        limits=LimitsConfig(max_body_bytes=65536, max_inference_steps=400),
     )
     with deployed(config, root) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
@@ -165,9 +168,9 @@ def test_a_client_that_leaves_frees_its_rows(endpoint: Endpoint) -> None:
 def test_a_serve_config_may_name_one_of_ours(endpoint: Endpoint, tmp_path: Path) -> None:
     from raybooth_serving.app import build
 
-    assert build({"config": "pocket-cpu", "home": str(tmp_path), "num_replicas": 2})
-    with pytest.raises(InputProblems, match="num_replica is not a known key"):
-        build({"config": "pocket-cpu", "home": str(tmp_path), "num_replica": 2})
+    assert build({"config": "pocket-cpu", "home": str(tmp_path), "limits": {"max_images": 2}})
+    with pytest.raises(InputProblems, match="limit is not a known key"):
+        build({"config": "pocket-cpu", "home": str(tmp_path), "limit": {"max_images": 2}})
 
 
 def test_the_small_client(endpoint: Endpoint) -> None:

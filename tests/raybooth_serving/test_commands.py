@@ -60,7 +60,8 @@ def test_serve_until_ctrl_c(
     base: Base, tiny_folder: Path, store: Store, raybooth_home: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text("engine: {num_slots: 2, max_rank: 4}\ndefaults: {num_inference_steps: 2}\n")
+    engine, defaults = "{num_slots: 2, max_rank: 4}", "{num_inference_steps: 2}"
+    config.write_text(f"bases: [{{engine: {engine}, defaults: {defaults}}}]\n")
     words = ["--config", str(config), "--port", "0", "--base", tiny_folder.name]
     roots = [str(Path(__file__).parents[2] / name) for name in ("platform", "serving")]
     process = subprocess.Popen(

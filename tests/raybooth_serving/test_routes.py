@@ -14,7 +14,7 @@ from openai import OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig
+from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig, ServedBase
 from raybooth.model.base import Base
 from raybooth.store import RECORD, Store
 from raybooth_serving.routes import make_app
@@ -24,16 +24,19 @@ from tests.raybooth_serving.published import publish, weights_of
 
 PROMPT = "a photo of sks dog"
 ROUTE = "/v1/images/generations"
-CONFIG = ServeConfig(
+SERVED = ServedBase(
     engine=EngineConfig(num_slots=2, max_rank=4, row_buckets=(1, 2, 4), max_queued_images=8),
-    limits=LimitsConfig(max_body_bytes=4096, max_images=10, max_prompt_characters=600),
     defaults=SamplingDefaults(num_inference_steps=3),
+)
+CONFIG = ServeConfig(
+    bases=(SERVED,),
+    limits=LimitsConfig(max_body_bytes=4096, max_images=10, max_prompt_characters=600),
 )
 
 
 @pytest.fixture
 def client(base: Base, store: Store) -> Iterator[TestClient]:
-    service = Service(base, store, CONFIG)
+    service = Service(base, store, CONFIG, SERVED)
     app = make_app(service, CONFIG.limits)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client

@@ -15,6 +15,7 @@ from raybooth.config.serve import EngineConfig as EngineConfig
 from raybooth.config.serve import LimitsConfig as LimitsConfig
 from raybooth.config.serve import SamplingDefaults as SamplingDefaults
 from raybooth.config.serve import ServeConfig as ServeConfig
+from raybooth.config.serve import ServedBase as ServedBase
 from raybooth.config.tracking import TrackingConfig as TrackingConfig
 from raybooth.config.train import CheckpointConfig as CheckpointConfig
 from raybooth.config.train import PackConfig as PackConfig

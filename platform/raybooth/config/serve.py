@@ -62,19 +62,25 @@ class SamplingDefaults(Strict):
     solver: Solver = "dpmpp2m"
 
 
-class ServeConfig(Strict):
-    """The endpoint; the files of configs/serve."""
+class ServedBase(Strict):
+    """One base of the endpoint, and the replicas that hold it."""
 
     base: str = "pocket"
     revision: str | None = None
     precision: Precision = "fp32"
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    num_replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)
     num_cpus: float = Field(1, gt=0)
     num_gpus: float | None = Field(None, ge=0)
     """None: one GPU where the cluster has any, otherwise none."""
 
     engine: EngineConfig = EngineConfig()
-    limits: LimitsConfig = LimitsConfig()
     defaults: SamplingDefaults = SamplingDefaults()
+
+
+class ServeConfig(Strict):
+    """The endpoint; the files of configs/serve."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    bases: tuple[ServedBase, ...] = Field((ServedBase(),), min_length=1, max_length=1)
+    limits: LimitsConfig = LimitsConfig()

@@ -14,7 +14,7 @@ from tests.raybooth_serving.published import publish, weights_of
 from tests.tiny import write_tiny_base
 
 from raybooth.cli import main
-from raybooth.config import EngineConfig, ServeConfig
+from raybooth.config import EngineConfig, ServeConfig, ServedBase
 from raybooth.home import store_folder
 from raybooth.model.base import Base, load_base
 from raybooth.store import Store
@@ -55,7 +55,8 @@ def served(base: Base, store: Store, request: ImagesRequest) -> list[np.ndarray]
     """The same request, answered by the endpoint's service."""
 
     async def ask() -> list[bytes]:
-        service = Service(base, store, ServeConfig(engine=EngineConfig(num_slots=2)))
+        served = ServedBase(engine=EngineConfig(num_slots=2))
+        service = Service(base, store, ServeConfig(bases=(served,)), served)
         answer = await service.generate(request)
         await service.engine.close()
         return [base64.b64decode(each.b64_json or "") for each in answer.data]

@@ -16,7 +16,7 @@ from tests.raybooth_serving.published import publish, random_adapter
 from tests.tiny import write_tiny_base
 
 from raybooth.cli import main
-from raybooth.config import EngineConfig, ServeConfig
+from raybooth.config import EngineConfig, ServeConfig, ServedBase
 from raybooth.home import store_folder
 from raybooth.model.base import Base, load_base
 from raybooth.model.lora import LoraPair
@@ -41,7 +41,8 @@ def served(base: Base, store: Store, model: str) -> np.ndarray:
     """A picture of `model` by the endpoint's service."""
 
     async def ask() -> bytes:
-        service = Service(base, store, ServeConfig(engine=EngineConfig(num_slots=2)))
+        served = ServedBase(engine=EngineConfig(num_slots=2))
+        service = Service(base, store, ServeConfig(bases=(served,)), served)
         request = ImagesRequest(model=model, prompt=PROMPT, seed=4, num_inference_steps=3)
         answer = await service.generate(request)
         await service.engine.close()
