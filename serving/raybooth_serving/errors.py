@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raybooth.errors import ServingError
+from raybooth.errors import InputError, RequestError, ServingError
 
 
 class QueueFullError(ServingError):
@@ -26,3 +26,21 @@ class TooLargeError(ServingError):
     """A request body is larger than the endpoint reads."""
 
     code = "request_too_large"
+
+
+class AuthError(InputError):
+    """A request without an API key that counts."""
+
+    code = "invalid_api_key"
+
+
+class RateError(QueueFullError):
+    """An API key has asked for more than it may for now; `retry_after_s` is when it may again."""
+
+    code = "rate_limit_exceeded"
+
+
+class ContentPolicyError(RequestError):
+    """A prompt or a picture that this endpoint does not make."""
+
+    code = "content_policy_violation"

@@ -1,0 +1,229 @@
+"""API keys: shown once, kept as hashes in RAYBOOTH_HOME/keys.json, read anew when that changes.
+
+A key is `rb_` and 256 random bits. Passwords need a slow, salted hash because people choose them
+from a few billion; nobody finds a preimage among 2**256 by trying, so one SHA-256 is enough and
+costs a microsecond for each request. Every hash is compared, each in constant time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
+
+from raybooth.config import Strict
+from raybooth.errors import InputError, StoreError
+
+PREFIX = "rb_"
+FILE = "keys.json"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_GLOB = re.compile(r"[a-z0-9*?\[\]!-]{1,63}")
+
+logger = logging.getLogger(__name__)
+
+
+class KeyRecord(Strict):
+    """One key, without its secret."""
+
+    name: str
+    id: str
+    """Public: what logs, metrics and the scheduler call the key."""
+
+    sha256: str
+    """Of the secret, hexadecimal."""
+
+    subjects: tuple[str, ...] = ()
+    """Globs of subject ids that it may see; none: only the bases."""
+
+    images_per_minute: float | None = Field(None, gt=0)
+    """None: as many as the endpoint can make."""
+
+    created: AwareDatetime
+    expires: AwareDatetime | None = None
+
+    def is_expired(self, now: datetime) -> bool:
+        """Whether it is past its time."""
+        return self.expires is not None and now >= self.expires
+
+
+class KeyFile(Strict):
+    """`keys.json`."""
+
+    schema_version: Literal[1] = 1
+    keys: tuple[KeyRecord, ...] = ()
+
+
+def sees(subjects: Sequence[str], subject_id: str) -> bool:
+    """Whether the globs `subjects` hold `subject_id`."""
+    return any(fnmatchcase(subject_id, glob) for glob in subjects)
+
+
+class Keyring:
+    """The keys of one file; several processes may change it, any number may read it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int, int] | None = None
+        self._keys: tuple[KeyRecord, ...] = ()
+
+    def read(self) -> tuple[KeyRecord, ...]:
+        """The keys now, parsed only when the file has changed; no file, no keys.
+
+        Raises StoreError when the file cannot be read or is damaged.
+        """
+        try:
+            found = self.path.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if stamp != self._stamp:
+                self._keys = KeyFile.model_validate_json(self.path.read_bytes()).keys
+                self._stamp = stamp
+        except FileNotFoundError:
+            self._stamp, self._keys = None, ()
+        except (OSError, ValidationError) as error:
+            found_text = error.strerror if isinstance(error, OSError) else "not a file of keys"
+            do = "mend or remove it, then create keys anew with `raybooth keys create`"
+            raise StoreError(f"{self.path} cannot be read", str(found_text), do) from error
+        return self._keys
+
+    def find(self, secret: bytes) -> KeyRecord | None:
+        """The key of `secret`; those read last still count while the file cannot be read.
+
+        So a volume that is away for a minute stops nobody, and no revocation is missed: revoking
+        writes this same file.
+        """
+        try:
+            keys = self.read()
+        except StoreError as error:
+            logger.error("the API keys read last go on: %s", error)
+            keys = self._keys
+        digest = hash_secret(secret)
+        match: KeyRecord | None = None
+        for key in keys:
+            if hmac.compare_digest(key.sha256, digest):
+                match = key
+        return match
+
+    def create(
+        self,
+        name: str,
+        *,
+        subjects: Sequence[str] = (),
+        images_per_minute: float | None = None,
+        expires: datetime | None = None,
+    ) -> tuple[KeyRecord, str]:
+        """A new key and its secret, which is nowhere else; raises InputError, StoreError."""
+        _check(name, subjects)
+        now = datetime.now(UTC)
+        if expires is not None and expires <= now:
+            raise InputError("this key would be expired at once", expires.isoformat(), "say later")
+        secret = new_secret()
+        key = KeyRecord(
+            name=name,
+            id=secrets.token_hex(4),
+            sha256=hash_secret(secret.encode()),
+            subjects=tuple(subjects),
+            images_per_minute=images_per_minute,
+            created=now.replace(microsecond=0),
+            expires=expires,
+        )
+        with self._locked():
+            keys = self.read()
+            if any(other.name == name for other in keys):
+                do = "revoke it first, or choose another name"
+                raise InputError("a key has this name", repr(name), do)
+            self._write((*keys, key))
+        return key, secret
+
+    def rotate(self, name: str) -> tuple[KeyRecord, str]:
+        """The key `name` with another secret; the old one is refused from now on."""
+        secret = new_secret()
+        with self._locked():
+            old = self._named(name)
+            new = old.model_copy(update={"sha256": hash_secret(secret.encode())})
+            self._write(tuple(new if key is old else key for key in self.read()))
+        return new, secret
+
+    def revoke(self, name: str) -> KeyRecord:
+        """The key that was `name`; refused from now on."""
+        with self._locked():
+            gone = self._named(name)
+            self._write(tuple(key for key in self.read() if key is not gone))
+        return gone
+
+    def _named(self, name: str) -> KeyRecord:
+        keys = self.read()
+        for key in keys:
+            if key.name == name:
+                return key
+        known = ", ".join(key.name for key in keys) or "none"
+        raise InputError(f"no key is called {name!r}", f"keys {known}", "see `raybooth keys ls`")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time, also between processes."""
+        path = self.path.with_suffix(".lock")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _write(self, keys: tuple[KeyRecord, ...]) -> None:
+        """Whole or not at all, for its owner's eyes only."""
+        staging = self.path.with_name(f".{self.path.name}-{secrets.token_hex(8)}")
+        text = json.dumps(KeyFile(keys=keys).model_dump(mode="json"), indent=2) + "\n"
+        handle = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(self.path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def hash_secret(secret: bytes) -> str:
+    """What is kept of a secret; see this file's top."""
+    return hashlib.sha256(secret).hexdigest()
+
+
+def new_secret() -> str:
+    """`rb_` and 256 random bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def parse_expiry(text: str) -> datetime:
+    """`2027-01-31` (through the end of that day, UTC) or a time in ISO 8601 with its offset."""
+    try:
+        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+            return datetime.fromisoformat(f"{text}T23:59:59+00:00")
+        aware = TypeAdapter(AwareDatetime).validate_python(datetime.fromisoformat(text))
+        return aware.astimezone(UTC)
+    except ValueError as error:
+        do = "write it as 2027-01-31 or 2027-01-31T12:00:00+00:00"
+        raise InputError("this expiry is not understood", repr(text), do) from error
+
+
+def _check(name: str, subjects: Sequence[str]) -> None:
+    if not _NAME.fullmatch(name):
+        do = "use lower-case letters, digits and inner hyphens, dots or underscores, at most 63"
+        raise InputError("this key name cannot be used", repr(name), do)
+    for glob in subjects:
+        if not _GLOB.fullmatch(glob):
+            do = "write globs of subject ids such as 'dog-*' or '*', without @version"
+            raise InputError("this is no glob of subjects", repr(glob), do)
