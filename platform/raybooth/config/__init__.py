@@ -11,6 +11,8 @@ from raybooth.config.objective import ObjectiveConfig as ObjectiveConfig
 from raybooth.config.objective import PriorConfig as PriorConfig
 from raybooth.config.optimizer import OptimizerConfig as OptimizerConfig
 from raybooth.config.photos import PhotosConfig as PhotosConfig
+from raybooth.config.safety import AuthConfig as AuthConfig
+from raybooth.config.safety import SafetyConfig as SafetyConfig
 from raybooth.config.serve import EngineConfig as EngineConfig
 from raybooth.config.serve import LimitsConfig as LimitsConfig
 from raybooth.config.serve import SamplingDefaults as SamplingDefaults

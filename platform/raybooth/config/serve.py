@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from raybooth.config.safety import AuthConfig, SafetyConfig
 from raybooth.config.words import Precision, Solver
 from raybooth.reading import Strict
 
@@ -84,3 +85,5 @@ class ServeConfig(Strict):
     port: int = Field(8000, ge=0, le=65535)
     bases: tuple[ServedBase, ...] = Field((ServedBase(),), min_length=1, max_length=1)
     limits: LimitsConfig = LimitsConfig()
+    auth: AuthConfig = AuthConfig()
+    safety: SafetyConfig = SafetyConfig()
