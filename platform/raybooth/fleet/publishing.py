@@ -65,7 +65,7 @@ def publish_adapter(
     adapter = pack.adapter(job.job_id)
     start = time.perf_counter()
     text = pack.text_adapter(job.job_id)
-    learned = text.learned if text is not None else None
+    learned = text.learned[0] if text is not None and text.learned else None
     images = draw_samples(base, subject, pack.bank, pack.slot(job.job_id), text)
     sheet = contact_sheet(images, subject.sample_prompts) if images else None
     sampled_s = round(time.perf_counter() - start, 3)

@@ -111,7 +111,8 @@ class Pack:
             key: LoraPair(pair.down, pair.up * adapter.scale)
             for key, pair in self.adapter(job_id).items()
         }
-        return TextAdapter(self._base, tensors, LearnedTokens(name, tokens) if tokens else None)
+        learned = [LearnedTokens(name, tokens)] if tokens else []
+        return TextAdapter(self._base, tensors, *learned)
 
     def state(self, job_id: str) -> SlotState:
         """All that the job's next train step depends on, copied to the CPU."""
