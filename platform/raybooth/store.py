@@ -2,157 +2,51 @@
 
 `<root>/<subject_id>/<version>/` holds the weights, `samples.png` and `record.json`. A version
 appears by one rename, whole, and is never changed; `aliases.json` beside the versions points
-names at them. Standard library and pydantic only.
+names at them, `preview.json` at the newest checkpoint of a job that still runs. Standard library
+and pydantic only.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import Field, TypeAdapter, ValidationError
-
-from raybooth.config import Strict
+from raybooth.aliases import ALIASES as ALIASES
+from raybooth.aliases import LATEST, Aliases, AliasMove
+from raybooth.aliases import PRODUCTION as PRODUCTION
+from raybooth.atomic import locked, sync_files, sync_folder
 from raybooth.errors import InputError, NotPublishedError, StoreError
-from raybooth.validation_record import ValidationRecord
+from raybooth.previews import (
+    PREVIEW,
+    is_preview,
+    newest_preview,
+    preview_label,
+    remove_preview,
+    replace_preview,
+)
+from raybooth.records import LEARNED as LEARNED
+from raybooth.records import RECORD as RECORD
+from raybooth.records import SAMPLES as SAMPLES
+from raybooth.records import WEIGHTS as WEIGHTS
+from raybooth.records import AdapterRecord as AdapterRecord
+from raybooth.records import AnyRecord, FileRecord, read_record
+from raybooth.records import BaseRecord as BaseRecord
+from raybooth.records import FullRecord as FullRecord
+from raybooth.records import ImportRecord as ImportRecord
+from raybooth.records import KeyForm as KeyForm
+from raybooth.records import ModelRecord as ModelRecord
+from raybooth.records import PhotoRecord as PhotoRecord
+from raybooth.records import PriorRecord as PriorRecord
+from raybooth.records import Record as Record
+from raybooth.records import describe_file as describe_file
 
-SCHEMA_VERSION = 1
-WEIGHTS = "pytorch_lora_weights.safetensors"
-LEARNED = "learned_embeds.safetensors"
-"""Token embeddings that a subject learned, where it did; diffusers' own name."""
-
-SAMPLES = "samples.png"
-RECORD = "record.json"
-ALIASES = "aliases.json"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-class FileRecord(Strict):
-    """One file of a published version."""
-
-    sha256: str
-    size_bytes: int
-
-
-class BaseRecord(Strict):
-    """The base that an adapter was trained on."""
-
-    name: str
-    fingerprint: str
-    revision: str | None = None
-
-
-class PhotoRecord(Strict):
-    """One instance image, by content."""
-
-    name: str
-    sha256: str
-
-
-class PriorRecord(Strict):
-    """The prior images that took part."""
-
-    key: str
-    num_images: int
-    sha256: str
-    """Of the image digests, in order."""
-
-
-KeyForm = Literal["diffusers", "peft", "kohya"]
-"""How an adapter's file calls its layers."""
-
-
-class ImportRecord(Strict):
-    """The file of an adapter that was trained elsewhere."""
-
-    file: str
-    sha256: str
-    key_form: KeyForm
-
-
-class ModelRecord(Strict):
-    """What `record.json` says of every published model."""
-
-    schema_version: Literal[1] = 1
-    subject_id: str
-    version: int = 0
-    """Given by the store at publication."""
-
-    created: str = ""
-    """UTC, ISO 8601; given by the store at publication."""
-
-    job_id: str
-    class_noun: str
-    identifier: str
-    instance_prompt: str
-    class_prompt: str
-    base: BaseRecord
-    num_parameters: int
-    train: dict[str, Any]
-    """The train config as resolved; empty where a model was imported."""
-
-    photos: tuple[PhotoRecord, ...]
-    prior: PriorRecord | None
-    loss_curve: tuple[tuple[int, float], ...]
-    """(train step, loss), thinned."""
-
-    num_train_steps: int | None
-    """None where a model was imported: nobody here counted them."""
-
-    validation: ValidationRecord | None = None
-    """What was measured between train steps; None where nothing was."""
-
-    seconds: dict[str, float]
-    versions: dict[str, str]
-    files: dict[str, FileRecord] = Field(default_factory=dict)
-    """Given by the store at publication."""
-
-    @property
-    def reference(self) -> str:
-        """`subject@version`."""
-        return f"{self.subject_id}@{self.version}"
-
-    @property
-    def zero_terminal_snr(self) -> bool:
-        """Whether it was trained, and must be sampled, on the base's schedule rescaled so."""
-        return bool(self.train.get("objective", {}).get("zero_terminal_snr", False))
-
-
-class AdapterRecord(ModelRecord):
-    """`record.json`: everything needed to know, serve and reproduce a published adapter."""
-
-    kind: Literal["adapter"] = "adapter"
-    rank: int
-    targets: str | tuple[str, ...]
-    text_targets: str | tuple[str, ...] | None = None
-    """Sites in the text encoders; None where it leaves them as they are."""
-
-    identifier_tokens: int = 0
-    """Learned tokens that `identifier` names, in LEARNED; 0 where it is a word of the base."""
-
-    imported: ImportRecord | None = None
-    """Where the adapter came from; None when RayBooth trained it."""
-
-
-class FullRecord(ModelRecord):
-    """`record.json` of a full fine-tune: every weight of some parts of the base, in float32."""
-
-    kind: Literal["full"] = "full"
-    parts: tuple[str, ...]
-    """Folders of the base whose weights were trained; each is a file `<part>.safetensors`."""
-
-
-Record = AdapterRecord | FullRecord
-AnyRecord = TypeVar("AnyRecord", bound=ModelRecord)
 
 
 class Store:
@@ -167,45 +61,51 @@ class Store:
         Returns the record as written (version, time and checksums filled in). Raises StoreError,
         leaving nothing behind, when the files cannot be written.
         """
-        check_subject_id(record.subject_id)
         folder = self.root / record.subject_id
-        staging = folder / f".staging-{uuid4().hex}"
-        try:
-            staging.mkdir(parents=True)
-            for name, path in files.items():
-                shutil.copyfile(path, staging / name)
-            described = {name: describe_file(staging / name) for name in files}
+        with self._staged(record.subject_id, files, "published") as (staging, described):
             while True:
                 version = max(self._numbers(record.subject_id), default=0) + 1
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                final = record.model_copy(
-                    update={"version": version, "created": created, "files": described}
-                )
-                (staging / RECORD).write_text(final.model_dump_json(indent=2) + "\n", "utf-8")
-                _sync(staging)
+                changes = {"version": version, "preview": None, "files": described}
+                final = _write_record(staging, record, changes)
                 try:
                     staging.rename(folder / str(version))
                 except OSError:
                     if (folder / str(version)).exists():
                         continue  # another process took this number
                     raise
-                _sync_folder(folder)
+                sync_folder(folder)
                 return final
-        except OSError as error:
-            raise StoreError(
-                f"{record.subject_id!r} could not be published",
-                error.strerror or str(error),
-                f"make room or permission under {self.root} and run again",
-            ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+
+    def publish_preview(self, record: AdapterRecord, files: Mapping[str, Path]) -> AdapterRecord:
+        """The subject's preview: what a job that still runs has after `record.num_train_steps`.
+
+        It takes the place of the one before whole; the rest as `publish`.
+        """
+        folder = self.root / record.subject_id
+        with self._staged(record.subject_id, files, "written as a preview") as staged:
+            staging, described = staged
+            label = preview_label(record.num_train_steps or 0, record.job_id, described)
+            changes = {"version": 0, "preview": label, "files": described}
+            final = _write_record(staging, record, changes)
+            with self._changing(record.subject_id):
+                replace_preview(folder, staging, label, record.job_id)
+            return final
+
+    def drop_preview(self, subject_id: str, job_id: str | None = None) -> str | None:
+        """Take the subject's preview away (only if it is of `job_id`, where given); what went."""
+        folder = self.root / subject_id
+        if not _NAME.fullmatch(subject_id) or newest_preview(folder) is None:
+            return None
+        with self._changing(subject_id):
+            pointer = newest_preview(folder)
+            if pointer is None or job_id not in (None, pointer.job_id):
+                return None
+            remove_preview(folder)
+            return f"{subject_id}@{pointer.label}"
 
     def subjects(self) -> list[str]:
         """Ids with at least one published version, sorted."""
-        if not self.root.is_dir():
-            return []
-        names = (entry.name for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(name for name in names if _NAME.fullmatch(name) and self._numbers(name))
+        return [name for name in self._names() if self._numbers(name)]
 
     def versions(self, subject_id: str) -> list[int]:
         """Published versions of a subject, oldest first; raises NotPublishedError if none."""
@@ -220,14 +120,19 @@ class Store:
             for version in self.versions(subject_id):
                 yield self.fetch(f"{subject_id}@{version}")
 
+    def previewed(self) -> list[str]:
+        """Ids with a preview, sorted; some of them may have no published version."""
+        return [name for name in self._names() if newest_preview(self.root / name) is not None]
+
     def resolve(self, reference: str) -> tuple[str, int]:
         """(subject, version) of `subject`, `subject@3`, `subject@latest` or `subject@<alias>`.
 
-        Raises NotPublishedError, listing near names.
+        Plain `subject` is `subject@latest`. Raises NotPublishedError, listing near names; a
+        preview is no version.
         """
         subject_id, _, label = reference.partition("@")
         numbers = self.versions(subject_id)
-        label = label or "latest"
+        label = label or LATEST
         if label.isdecimal():
             if int(label) in numbers:
                 return subject_id, int(label)
@@ -239,36 +144,25 @@ class Store:
         raise NotPublishedError(f"{subject_id!r} has no version {label!r}", f"versions {known}")
 
     def folder(self, reference: str) -> Path:
-        """The folder of a published version."""
+        """The folder of a published version or a preview."""
+        subject_id, _, label = reference.partition("@")
+        if is_preview(label):
+            return self.root / subject_id / self._preview_label(subject_id, label)
         subject_id, version = self.resolve(reference)
         return self.root / subject_id / str(version)
 
     def fetch(self, reference: str) -> Record:
-        """The record of a published version.
+        """The record of a published version, or of a preview (`subject@preview`).
 
         Raises NotPublishedError, or StoreError when the record is damaged or of a schema
         that this version does not know.
         """
-        path = self.folder(reference) / RECORD
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            schema = values.get("schema_version")
-            if schema != SCHEMA_VERSION:
-                raise StoreError(
-                    f"{path} has another schema",
-                    f"schema_version {schema!r}, this RayBooth knows {SCHEMA_VERSION}",
-                    "use the RayBooth that wrote it, or publish the subject again",
-                )
-            return _RECORDS.validate_python(values)
-        except (OSError, ValueError, AttributeError, ValidationError) as error:
-            found = " ".join(str(error).split())[:200]
-            raise StoreError(
-                f"{path} is not readable", found, "publish the subject again"
-            ) from error
+        return read_record(self.folder(reference) / RECORD)
 
     def verify(self, reference: str) -> list[str]:
         """What is wrong with the files of a version: missing or changed ones; empty when whole."""
-        folder, record = self.folder(reference), self.fetch(reference)
+        record = self.fetch(reference)
+        folder = self.folder(record.reference)
         wrong = []
         for name, expected in record.files.items():
             if not (folder / name).is_file():
@@ -277,41 +171,83 @@ class Store:
                 wrong.append(f"{name} differs from its checksum")
         return wrong
 
-    def delete(self, reference: str) -> list[str]:
-        """Remove one version (`subject@3`) or a whole subject (`subject`); returns what went.
+    def delete(self, reference: str, *, with_aliases: bool = False) -> list[str]:
+        """Remove one version (`subject@3`) or all of a subject (`subject`); returns what went.
 
-        Aliases of a removed version go with it.
+        Raises InputError for one version that aliases point at, unless they are to go with it.
         """
         subject_id, _, label = reference.partition("@")
-        if label:
-            subject_id, version = self.resolve(reference)
-            gone = [version]
-        else:
-            gone = self.versions(subject_id)
-        kept = {k: v for k, v in self._own_aliases(subject_id).items() if v not in gone}
-        self._write_aliases(subject_id, kept)
-        for version in gone:
-            grave = self.root / subject_id / f".deleted-{uuid4().hex}"
-            (self.root / subject_id / str(version)).rename(grave)
-            shutil.rmtree(grave)
-        if not self._numbers(subject_id):
+        if is_preview(label):
+            self._preview_label(subject_id, label)
+            gone = self.drop_preview(subject_id)
+            return [] if gone is None else [gone]
+        with self._changing(subject_id, exists=True):
+            versions = [self.resolve(reference)[1]] if label else self.versions(subject_id)
+            aliases = self._aliases(subject_id)
+            named = [name for name, at in aliases.current().items() if at in versions]
+            if label and named and not with_aliases:
+                found = f"{', '.join(named)} of {subject_id}"
+                do = "point the alias at another version first, or delete it along (--with-aliases)"
+                raise InputError(f"an alias points at {subject_id}@{versions[0]}", found, do)
+            aliases.forget(versions)
+            for version in versions:
+                grave = self.root / subject_id / f".deleted-{uuid4().hex}"
+                (self.root / subject_id / str(version)).rename(grave)
+                shutil.rmtree(grave)
+            went = [f"{subject_id}@{version}" for version in versions]
+            if not label and (pointer := newest_preview(self.root / subject_id)) is not None:
+                went.append(f"{subject_id}@{pointer.label}")
+            elif self._numbers(subject_id) or newest_preview(self.root / subject_id) is not None:
+                return went
             shutil.rmtree(self.root / subject_id)
-        return [f"{subject_id}@{version}" for version in gone]
+            return went
 
     def aliases(self, subject_id: str) -> dict[str, int]:
         """Alias to version; `latest` is the newest version unless it was set by hand."""
-        return {"latest": self.versions(subject_id)[-1], **self._own_aliases(subject_id)}
+        return {LATEST: self.versions(subject_id)[-1], **self._aliases(subject_id).current()}
+
+    def alias_history(self, subject_id: str) -> Mapping[str, tuple[AliasMove, ...]]:
+        """Every alias that was ever set, with its moves, oldest first."""
+        self.versions(subject_id)
+        return self._aliases(subject_id).history()
 
     def set_alias(self, subject_id: str, alias: str, version: int | None) -> None:
         """Point `alias` at `version` (None removes it), in one atomic rename."""
-        if not _NAME.fullmatch(alias) or alias.isdecimal():
-            do = "use lower-case letters, digits and hyphens, not a number"
+        if not _NAME.fullmatch(alias) or alias.isdecimal() or alias.startswith(PREVIEW):
+            do = f"use lower-case letters, digits and hyphens, not a number nor {PREVIEW!r}"
             raise InputError("this alias cannot be used", repr(alias), do)
-        own = self._own_aliases(subject_id)
-        own.pop(alias, None)
-        if version is not None:
-            own[alias] = self.resolve(f"{subject_id}@{version}")[1]
-        self._write_aliases(subject_id, own)
+        with self._changing(subject_id, exists=True):
+            if version is not None:
+                self.resolve(f"{subject_id}@{version}")
+            self._aliases(subject_id).point(alias, version)
+
+    def promote(self, reference: str, alias: str = PRODUCTION) -> tuple[int | None, int]:
+        """Point `alias` at a version whose files are whole; returns (version before, version now).
+
+        Raises StoreError, changing nothing, when they are not.
+        """
+        subject_id, _, label = reference.partition("@")
+        if is_preview(label):
+            do = "let its job publish, then promote the version"
+            raise InputError("a preview cannot be promoted", reference, do)
+        version = self.resolve(reference)[1]
+        self._check_whole(subject_id, version)
+        before = self.aliases(subject_id).get(alias)
+        self.set_alias(subject_id, alias, version)
+        return before, version
+
+    def roll_back(self, subject_id: str, alias: str = PRODUCTION) -> tuple[int | None, int]:
+        """Point `alias` at what it pointed at before; returns as `promote`.
+
+        Raises InputError where nothing was before, StoreError where that is damaged by now.
+        """
+        with self._changing(subject_id, exists=True):
+            before, aliases = self.aliases(subject_id).get(alias), self._aliases(subject_id)
+            version = aliases.before(alias)
+            if version is not None:
+                self._check_whole(subject_id, version)
+            aliases.roll_back(alias)
+            return before, self.aliases(subject_id)[alias]
 
     def published_job(self, subject_id: str, job_id: str) -> Record | None:
         """The newest version that `job_id` published, or none."""
@@ -323,49 +259,79 @@ class Store:
                 return record
         return None
 
+    @contextmanager
+    def _staged(
+        self, subject_id: str, files: Mapping[str, Path], to_be: str
+    ) -> Iterator[tuple[Path, dict[str, FileRecord]]]:
+        """A folder beside the versions with copies of `files`, and what they are."""
+        check_subject_id(subject_id)
+        staging = self.root / subject_id / f".staging-{uuid4().hex}"
+        try:
+            staging.mkdir(parents=True)
+            for name, path in files.items():
+                shutil.copyfile(path, staging / name)
+            yield staging, {name: describe_file(staging / name) for name in files}
+        except OSError as error:
+            raise StoreError(
+                f"{subject_id!r} could not be {to_be}",
+                error.strerror or str(error),
+                f"make room or permission under {self.root} and run again",
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @contextmanager
+    def _changing(self, subject_id: str, *, exists: bool = False) -> Iterator[None]:
+        """The subject's lock, beside its folder; with `exists`, of a published one only."""
+        if exists:
+            self.versions(subject_id)
+        try:
+            with locked(self.root / f".{subject_id}.lock"):
+                yield
+        except OSError as error:
+            found = error.strerror or str(error)
+            do = f"make room or permission under {self.root} and run again"
+            raise StoreError(f"{subject_id!r} could not be changed", found, do) from error
+
+    def _check_whole(self, subject_id: str, version: int) -> None:
+        reference = f"{subject_id}@{version}"
+        if wrong := self.verify(reference):
+            do = "point the alias at a version that is whole"
+            raise StoreError(f"{reference} is damaged", "; ".join(wrong), do)
+
+    def _preview_label(self, subject_id: str, label: str) -> str:
+        """The preview's own label; NotPublishedError when it is not there (any more)."""
+        if not _NAME.fullmatch(subject_id):
+            raise self._unknown(subject_id)
+        if label == PREVIEW:
+            pointer = newest_preview(self.root / subject_id)
+            label = pointer.label if pointer is not None else ""
+        if not label or not (self.root / subject_id / label).is_dir():
+            do = "a preview is there while a job trains the subject; see `raybooth models`"
+            raise NotPublishedError(f"{subject_id!r} has no such preview now", label, do)
+        return label
+
+    def _names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        names = (entry.name for entry in self.root.iterdir() if entry.is_dir())
+        return sorted(name for name in names if _NAME.fullmatch(name))
+
     def _numbers(self, subject_id: str) -> list[int]:
         folder = self.root / subject_id
         if not folder.is_dir():
             return []
         return [int(e.name) for e in folder.iterdir() if e.name.isdecimal() and e.is_dir()]
 
-    def _own_aliases(self, subject_id: str) -> dict[str, int]:
-        path = self.root / subject_id / ALIASES
-        try:
-            return {str(k): int(v) for k, v in json.loads(path.read_text("utf-8")).items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError) as error:
-            do = "delete it to fall back to the versions alone"
-            raise StoreError(f"{path} is not readable", str(error), do) from error
-
-    def _write_aliases(self, subject_id: str, aliases: dict[str, int]) -> None:
-        folder = self.root / subject_id
-        if not aliases:
-            (folder / ALIASES).unlink(missing_ok=True)
-            return
-        staging = folder / f".aliases-{uuid4().hex}"
-        staging.write_text(json.dumps(aliases, indent=2, sort_keys=True) + "\n", "utf-8")
-        _sync_file(staging)
-        staging.replace(folder / ALIASES)
-        _sync_folder(folder)
+    def _aliases(self, subject_id: str) -> Aliases:
+        return Aliases(self.root / subject_id)
 
     def _unknown(self, subject_id: str) -> NotPublishedError:
         near = difflib.get_close_matches(subject_id, self.subjects(), n=5, cutoff=0.5)
         do = f"did you mean {', '.join(near)}?" if near else "see `raybooth models`"
+        if _NAME.fullmatch(subject_id) and newest_preview(self.root / subject_id) is not None:
+            do = f"its job still trains: {subject_id}@{PREVIEW} is there"
         return NotPublishedError(f"no subject {subject_id!r} is published", "", do)
-
-
-_RECORDS: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
-
-
-def describe_file(path: Path) -> FileRecord:
-    """Checksum and size of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
 
 
 def check_subject_id(subject_id: str) -> None:
@@ -375,20 +341,10 @@ def check_subject_id(subject_id: str) -> None:
         raise InputError("this subject id cannot be used", repr(subject_id), do)
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync_file(path)
-    _sync_folder(folder)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_record(staging: Path, record: AnyRecord, changes: Mapping[str, object]) -> AnyRecord:
+    """The record with `changes` and the time, in `staging`, everything there on the disk."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    final = record.model_copy(update={**changes, "created": created})
+    (staging / RECORD).write_text(final.model_dump_json(indent=2) + "\n", "utf-8")
+    sync_files(staging)
+    return final

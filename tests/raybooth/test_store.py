@@ -72,7 +72,9 @@ def test_a_removed_version_takes_its_aliases_along(store: Store, weights: Path) 
     store.publish(a_record(), {WEIGHTS: weights})
     store.publish(a_record(), {WEIGHTS: weights})
     store.set_alias("rex", "blessed", 1)
-    assert store.delete("rex@1") == ["rex@1"]
+    with pytest.raises(InputError, match="an alias points at rex@1: found blessed of rex"):
+        store.delete("rex@1")
+    assert store.delete("rex@1", with_aliases=True) == ["rex@1"]
     assert store.aliases("rex") == {"latest": 2}
     assert store.publish(a_record(), {WEIGHTS: weights}).version == 3
     assert store.delete("rex") == ["rex@2", "rex@3"]
