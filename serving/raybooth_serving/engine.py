@@ -11,12 +11,11 @@ the tick. The scheduler decides; this file acts.
 from __future__ import annotations
 
 import asyncio
-import io
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import TypeVar
 
@@ -27,11 +26,13 @@ from raybooth.errors import RayBoothError, ServingError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
 from raybooth.model.lora import find_sites
-from raybooth.model.sampler import Row, SampleRequest, denoise_step, row_image, start_row
-from raybooth.store import AdapterRecord, Store
+from raybooth.model.sampler import Row, denoise_step, row_image, start_row
+from raybooth.store import Store
 from raybooth_serving.errors import QueueFullError
+from raybooth_serving.flight import Flight
 from raybooth_serving.loader import HostAdapter, Loader
 from raybooth_serving.metrics import EngineMetrics, StepReport
+from raybooth_serving.orders import GeneratedImage, Order
 from raybooth_serving.prompts import PromptCache
 from raybooth_serving.scheduler import (
     Join,
@@ -45,38 +46,6 @@ from raybooth_serving.scheduler import (
 from raybooth_serving.slots import SlotTable
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedImage:
-    """A finished image: PNG bytes and the seed that gives it again."""
-
-    png: bytes
-    seed: int
-
-
-@dataclass(eq=False, slots=True)
-class _Image:
-    """One image on its way through the engine."""
-
-    key: int
-    row: Row
-    adapter: HostAdapter | None
-    done: asyncio.Future[GeneratedImage]
-    since: float
-
-    @property
-    def adapter_name(self) -> str | None:
-        return None if self.adapter is None else self.adapter.name
-
-    @property
-    def size(self) -> Size:
-        height, width = self.row.latents_CHW.shape[1:]
-        return height, width
-
-    @property
-    def num_steps_left(self) -> int:
-        return self.row.plan.num_steps - self.row.index
 
 
 class Engine:
@@ -104,8 +73,8 @@ class Engine:
         self.slots = SlotTable(config.num_slots)
         self._keys = count()
         self._num_preparing = 0
-        self._waiting: dict[int, _Image] = {}
-        self._running: dict[int, _Image] = {}
+        self._waiting: dict[int, Flight] = {}
+        self._running: dict[int, Flight] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._last_turns: dict[Size, int] = {}
         self._wake = asyncio.Event()
@@ -115,28 +84,26 @@ class Engine:
         self._prepare = ThreadPoolExecutor(1, "prepare")
         self._finish = ThreadPoolExecutor(1, "finish")
 
-    async def generate(
-        self, record: AdapterRecord | None, requests: Sequence[SampleRequest]
-    ) -> list[GeneratedImage]:
-        """The images of `requests` with one adapter (None: the plain base), in order.
+    async def generate(self, order: Order) -> list[GeneratedImage]:
+        """The images of `order`, one for each sample, in their order.
 
         Raises QueueFullError at once when the queue has no room for all of them, and whatever
         makes an image impossible (RequestError, BaseModelError, StoreError, ServingError).
         A caller that goes away takes its images out of the batch at the next denoise step.
         """
         self.check_health()
-        self._admit(len(requests))
-        images: list[_Image] = []
+        self._admit(len(order.samples))
+        images: list[Flight] = []
         try:
             try:
-                adapter, rows = await self._on(self._prepare, lambda: self._ready(record, requests))
+                adapter, rows = await self._on(self._prepare, lambda: self._ready(order))
                 self.check_health()
             except RayBoothError:
-                self.metrics.images_failed += len(requests)
+                self.metrics.images_failed += len(order.samples)
                 raise
             finally:
-                self._num_preparing -= len(requests)
-            images = [self._enqueue(adapter, row) for row in rows]
+                self._num_preparing -= len(order.samples)
+            images = [self._enqueue(order, index, adapter, row) for index, row in enumerate(rows)]
             self._start_loop()
             return list(await asyncio.gather(*(image.done for image in images)))
         finally:
@@ -184,15 +151,18 @@ class Engine:
         self.metrics.images_accepted += num_images
         self._num_preparing += num_images
 
-    def _ready(
-        self, record: AdapterRecord | None, requests: Sequence[SampleRequest]
-    ) -> tuple[HostAdapter | None, list[Row]]:
+    def _ready(self, order: Order) -> tuple[HostAdapter | None, list[Row]]:
         """The adapter in host memory and each image's row at its first noise."""
-        adapter = None if record is None else self.loader.load(record)
+        adapter = self.loader.load(order.parts[0].record) if order.parts else None
+        scale = order.parts[0].scale if order.parts else 1.0
+        zero_snr = any(part.record.zero_terminal_snr for part in order.parts)
         rows = []
-        if record is not None and record.zero_terminal_snr:
-            requests = [replace(request, zero_terminal_snr=True) for request in requests]
-        for request in requests:
+        for sample in order.samples:
+            request = replace(
+                sample,
+                adapter_scale=sample.adapter_scale * scale,
+                zero_terminal_snr=sample.zero_terminal_snr or zero_snr,
+            )
             cond, uncond = (
                 self.prompts.encode(prompt, adapter, request.adapter_scale)
                 for prompt in (request.prompt, request.negative_prompt)
@@ -200,10 +170,11 @@ class Engine:
             rows.append(start_row(self.base, request, cond=cond, uncond=uncond))
         return adapter, rows
 
-    def _enqueue(self, adapter: HostAdapter | None, row: Row) -> _Image:
+    def _enqueue(self, order: Order, index: int, adapter: HostAdapter | None, row: Row) -> Flight:
         done: asyncio.Future[GeneratedImage] = asyncio.get_running_loop().create_future()
-        image = _Image(next(self._keys), row, adapter, done, time.monotonic())
-        self._waiting[image.key] = image
+        key = next(self._keys)
+        image = Flight(key, order, index, row, adapter, done, time.monotonic())
+        self._waiting[key] = image
         return image
 
     # The loop
@@ -255,6 +226,7 @@ class Engine:
         self._last_turns[step.size] = self.metrics.denoise_steps
         self.metrics.record_step(self._report(step, images, time.perf_counter() - started))
         for image in images:
+            image.stepped(step.bucket)
             if image.row.done:
                 self._leave(image.key)
                 task = asyncio.create_task(self._finish_image(image))
@@ -275,7 +247,7 @@ class Engine:
             for i in self._running.values()
         ]
 
-    def _leave(self, key: int) -> _Image:
+    def _leave(self, key: int) -> Flight:
         image = self._running.pop(key)
         if image.adapter_name is not None:
             self.slots = self.slots.unpin(image.adapter_name)
@@ -283,7 +255,7 @@ class Engine:
 
     # On the tick's thread
 
-    def _write_slots(self, joining: Sequence[tuple[Join, _Image]]) -> dict[str, RayBoothError]:
+    def _write_slots(self, joining: Sequence[tuple[Join, Flight]]) -> dict[str, RayBoothError]:
         """Write the adapters that are not in the bank yet; those that do not fit, by name."""
         broken: dict[str, RayBoothError] = {}
         for join, image in joining:
@@ -295,30 +267,28 @@ class Engine:
                     broken[image.adapter.name] = error
         return broken
 
-    def _denoise(self, step: StepPlan, images: Sequence[_Image]) -> None:
+    def _denoise(self, step: StepPlan, images: Sequence[Flight]) -> None:
         denoise_step(self.base, self.bank, [image.row for image in images], step.bucket)
 
     # Leaving
 
-    async def _finish_image(self, image: _Image) -> None:
+    async def _finish_image(self, image: Flight) -> None:
         try:
-            png = await self._on(self._finish, lambda: self._encode(image.row))
+            picture = await self._on(self._finish, lambda: self._encode(image))
         except RayBoothError as error:
             self._fail(image, error)
             return
         if not image.done.done():
             self.metrics.images_finished += 1
-            image.done.set_result(GeneratedImage(png, image.row.request.seed))
+            image.done.set_result(GeneratedImage(picture, image.finished()))
 
-    def _encode(self, row: Row) -> bytes:
-        if not torch.isfinite(row.latents_CHW).all():
+    def _encode(self, image: Flight) -> bytes:
+        if not torch.isfinite(image.row.latents_CHW).all():
             do = "lower guidance_scale or adapter_scale; if it stays, train the subject again"
             raise ServingError("the image came out as no numbers", "NaN or infinity", do)
-        file = io.BytesIO()
-        row_image(self.base, row).save(file, "PNG")
-        return file.getvalue()
+        return image.order.encode(row_image(self.base, image.row), image.finished())
 
-    def _fail(self, image: _Image, error: RayBoothError) -> None:
+    def _fail(self, image: Flight, error: RayBoothError) -> None:
         if not image.done.done():
             self.metrics.images_failed += 1
             image.done.set_exception(error)
@@ -330,7 +300,7 @@ class Engine:
         self._running.clear()
         self.slots = SlotTable(self.config.num_slots)
 
-    def _count_join(self, join: Join, image: _Image) -> None:
+    def _count_join(self, join: Join, image: Flight) -> None:
         self.metrics.images_joined += 1
         self.metrics.queue_wait_seconds += time.monotonic() - image.since
         if join.adapter is not None:
@@ -338,7 +308,7 @@ class Engine:
             self.metrics.slot_hits += not join.is_load
             self.metrics.slot_evictions += join.evicted is not None
 
-    def _report(self, step: StepPlan, images: Sequence[_Image], seconds: float) -> StepReport:
+    def _report(self, step: StepPlan, images: Sequence[Flight], seconds: float) -> StepReport:
         return StepReport(
             num_rows=len(images),
             bucket=step.bucket,

@@ -25,8 +25,9 @@ from raybooth_serving.api import (
     parse_size,
 )
 from raybooth_serving.catalog import Catalog
-from raybooth_serving.engine import Engine, GeneratedImage
+from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
+from raybooth_serving.orders import GeneratedImage, Order, Part
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -60,9 +61,10 @@ class Service:
         record = await asyncio.to_thread(self.catalog.resolve, request.model)
         samples = self._samples(request, record)
         timeout_s = self.config.limits.timeout_s
+        parts = () if record is None else (Part(record),)
         try:
             async with asyncio.timeout(timeout_s):
-                images = await self.engine.generate(record, samples)
+                images = await self.engine.generate(Order(tuple(samples), parts))
         except TimeoutError as error:
             what, do = "the images took too long", "ask for fewer or smaller images"
             raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
@@ -136,7 +138,7 @@ def base_name(base: Base) -> str:
 
 
 def _data(image: GeneratedImage, form: str) -> ImageData:
-    text = base64.b64encode(image.png).decode("ascii")
+    text = base64.b64encode(image.picture).decode("ascii")
     if form == "url":
-        return ImageData(url=f"data:image/png;base64,{text}", seed=image.seed)
-    return ImageData(b64_json=text, seed=image.seed)
+        return ImageData(url=f"data:image/png;base64,{text}", seed=image.finished.seed)
+    return ImageData(b64_json=text, seed=image.finished.seed)

@@ -20,8 +20,9 @@ from raybooth.model.base import Base, load_base
 from raybooth.model.lora import LoraPair, find_sites, load_adapter
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.store import AdapterRecord, Store
-from raybooth_serving.engine import Engine, GeneratedImage
+from raybooth_serving.engine import Engine
 from raybooth_serving.errors import QueueFullError
+from raybooth_serving.orders import GeneratedImage, Order, Part
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish, random_adapter, weights_of
 from tests.tiny import write_tiny_sdxl
@@ -43,6 +44,10 @@ def config(buckets: tuple[int, ...] = (4,), num_slots: int = 4, queue: int = 64)
     return EngineConfig(
         num_slots=num_slots, max_rank=4, row_buckets=buckets, max_queued_images=queue
     )
+
+
+def order(record: AdapterRecord | None, *samples: SampleRequest) -> Order:
+    return Order(samples, () if record is None else (Part(record),))
 
 
 def run(
@@ -88,11 +93,11 @@ async def together(
     tasks: list[asyncio.Task[list[GeneratedImage]]] = []
     for subject, request in jobs:
         record = None if subject is None else store.fetch(subject)
-        tasks.append(asyncio.create_task(engine.generate(record, [request])))
+        tasks.append(asyncio.create_task(engine.generate(order(record, request))))
         until = engine.metrics.denoise_steps + gap
         while engine.metrics.denoise_steps < until and not all(task.done() for task in tasks):
             await asyncio.sleep(0.001)
-    return [(await task)[0].png for task in tasks]
+    return [(await task)[0].picture for task in tasks]
 
 
 @pytest.mark.parametrize("gap", [0, 2])
@@ -164,10 +169,10 @@ def test_damaged_weights_fail_their_own_request_alone(base: Base, store: Store) 
     request = SampleRequest("a dog", num_inference_steps=4)
 
     async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
-        calls = [engine.generate(store.fetch(subject), [request]) for subject in SUBJECTS]
+        calls = [engine.generate(order(store.fetch(subject), request)) for subject in SUBJECTS]
         failed = await asyncio.gather(*calls, return_exceptions=True)
         path.write_bytes(whole)
-        assert await engine.generate(store.fetch("dog-b"), [request])
+        assert await engine.generate(order(store.fetch("dog-b"), request))
         return failed
 
     found = run(base, store, config(), act)
@@ -179,7 +184,7 @@ def test_damaged_weights_fail_their_own_request_alone(base: Base, store: Store) 
     for place, subject in ((0, "dog-a"), (2, "robot-c")):
         images = found[place]
         assert isinstance(images, list)
-        assert images[0].png == alone(base, store.fetch(subject), store, request)
+        assert images[0].picture == alone(base, store.fetch(subject), store, request)
 
 
 def test_adapters_that_do_not_fit_fail_their_own_request_alone(base: Base, store: Store) -> None:
@@ -192,7 +197,7 @@ def test_adapters_that_do_not_fit_fail_their_own_request_alone(base: Base, store
 
     async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
         records = [store.fetch("dog-a"), wide, other, misfit, misfit]
-        calls = [engine.generate(record, [request]) for record in records]
+        calls = [engine.generate(order(record, request)) for record in records]
         found = await asyncio.gather(*calls, return_exceptions=True)
         engine.slots.check_integrity()
         assert [resident.adapter[:5] for resident in engine.slots.residents] == ["dog-a"]
@@ -201,7 +206,7 @@ def test_adapters_that_do_not_fit_fail_their_own_request_alone(base: Base, store
     found = run(base, store, config(), act)
     images = found[0]
     assert isinstance(images, list)
-    assert images[0].png == alone(base, store.fetch("dog-a"), store, request)
+    assert images[0].picture == alone(base, store.fetch("dog-a"), store, request)
     assert all(isinstance(error, BaseModelError) for error in found[1:])
 
 
@@ -213,26 +218,26 @@ def test_an_adapter_of_nan_fails_its_own_image_alone(base: Base, store: Store) -
     request = SampleRequest("a dog", num_inference_steps=4)
 
     async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
-        calls = [engine.generate(r, [request]) for r in (record, store.fetch("dog-a"))]
+        calls = [engine.generate(order(r, request)) for r in (record, store.fetch("dog-a"))]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     found = run(base, store, config(), act)
     assert isinstance(found[0], ServingError)
     images = found[1]
     assert isinstance(images, list)
-    assert images[0].png == alone(base, store.fetch("dog-a"), store, request)
+    assert images[0].picture == alone(base, store.fetch("dog-a"), store, request)
 
 
 def test_a_version_number_given_again_is_not_the_old_adapter(base: Base, store: Store) -> None:
     request = SampleRequest("a dog", num_inference_steps=4)
 
     async def act(engine: Engine) -> tuple[bytes, bytes]:
-        before = await engine.generate(store.fetch("dog-a"), [request])
+        before = await engine.generate(order(store.fetch("dog-a"), request))
         store.delete("dog-a")
         publish(store, base, "dog-a", 77)
         assert store.fetch("dog-a").version == 1
-        after = await engine.generate(store.fetch("dog-a"), [request])
-        return before[0].png, after[0].png
+        after = await engine.generate(order(store.fetch("dog-a"), request))
+        return before[0].picture, after[0].picture
 
     before, after = run(base, store, config(), act)
     assert before != after
@@ -244,15 +249,15 @@ def test_a_caller_that_leaves_takes_its_rows_out(base: Base, store: Store) -> No
     short = SampleRequest("a dog", num_inference_steps=4)
 
     async def act(engine: Engine) -> tuple[bytes, dict[str, float]]:
-        leaving = asyncio.create_task(engine.generate(store.fetch("dog-a"), [long] * 6))
+        leaving = asyncio.create_task(engine.generate(order(store.fetch("dog-a"), *[long] * 6)))
         while engine.metrics.denoise_steps < 2:
             await asyncio.sleep(0.001)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        images = await engine.generate(store.fetch("dog-b"), [short])
+        images = await engine.generate(order(store.fetch("dog-b"), short))
         assert all(resident.num_pins == 0 for resident in engine.slots.residents)
-        return images[0].png, engine.snapshot()
+        return images[0].picture, engine.snapshot()
 
     png, counted = run(base, store, config(), act)
     assert png == alone(base, store.fetch("dog-b"), store, short)
@@ -266,12 +271,12 @@ def test_a_full_queue_refuses_the_whole_request_at_once(base: Base, store: Store
 
     async def act(engine: Engine) -> QueueFullError:
         record = store.fetch("dog-a")
-        first = asyncio.create_task(engine.generate(record, [request] * 5))
+        first = asyncio.create_task(engine.generate(order(record, *[request] * 5)))
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError) as full:
-            await engine.generate(record, [request] * 2)
+            await engine.generate(order(record, *[request] * 2))
         assert len(await first) == 5
-        assert len(await engine.generate(record, [request])) == 1
+        assert len(await engine.generate(order(record, request))) == 1
         assert engine.metrics.images_refused == 2
         return full.value
 
@@ -284,9 +289,9 @@ def test_what_the_base_cannot_make_is_refused(base: Base, store: Store) -> None:
     async def act(engine: Engine) -> None:
         for request in (SampleRequest("a dog", height=18), SampleRequest("a", solver="heun")):
             with pytest.raises(RequestError):
-                await engine.generate(None, [request])
+                await engine.generate(order(None, request))
         fine = SampleRequest("a dog", num_inference_steps=2)
-        assert len(await engine.generate(None, [fine])) == 1
+        assert len(await engine.generate(order(None, fine))) == 1
 
     run(base, store, config(), act)
 
@@ -295,7 +300,7 @@ def test_a_dead_loop_fails_everyone_and_its_health(base: Base, store: Store) -> 
     request = SampleRequest("a dog", num_inference_steps=500)
 
     async def act(engine: Engine) -> None:
-        waiting = asyncio.create_task(engine.generate(store.fetch("dog-a"), [request]))
+        waiting = asyncio.create_task(engine.generate(order(store.fetch("dog-a"), request)))
         while engine.metrics.denoise_steps < 2:
             await asyncio.sleep(0.001)
         engine.check_health()
@@ -305,7 +310,7 @@ def test_a_dead_loop_fails_everyone_and_its_health(base: Base, store: Store) -> 
         with pytest.raises(ServingError):
             engine.check_health()
         with pytest.raises(ServingError):
-            await engine.generate(None, [request])
+            await engine.generate(order(None, request))
 
     run(base, store, config(), act)
 
@@ -314,7 +319,7 @@ def test_prompts_are_encoded_once(base: Base, store: Store) -> None:
     async def act(engine: Engine) -> dict[str, float]:
         request = SampleRequest("a dog", num_inference_steps=2)
         for subject in SUBJECTS:
-            await engine.generate(store.fetch(subject), [request] * 2)
+            await engine.generate(order(store.fetch(subject), *[request] * 2))
         return engine.snapshot()
 
     counted = run(base, store, config(), act)

@@ -24,9 +24,10 @@ from raybooth.model.lora import (
 )
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.store import LEARNED, WEIGHTS, AdapterRecord, Store
-from raybooth_serving.engine import Engine, GeneratedImage
+from raybooth_serving.engine import Engine
 from raybooth_serving.loader import Loader
 from raybooth_serving.metrics import EngineMetrics
+from raybooth_serving.orders import GeneratedImage, Order, Part
 from raybooth_serving.prompts import PromptCache
 from tests.raybooth_serving.published import publish, random_adapter
 
@@ -76,12 +77,13 @@ def test_a_mixed_batch_with_learned_words_is_each_image_alone(
     async def together() -> list[GeneratedImage]:
         engine = Engine(base, store, EngineConfig(num_slots=4, max_rank=4, row_buckets=(4,)))
         try:
-            calls = (engine.generate(record, [request]) for record, request in jobs)
+            orders = [Order((r,), () if record is None else (Part(record),)) for record, r in jobs]
+            calls = (engine.generate(order) for order in orders)
             return [image for images in await asyncio.gather(*calls) for image in images]
         finally:
             await engine.close()
 
-    found = [image.png for image in asyncio.run(together())]
+    found = [image.picture for image in asyncio.run(together())]
     expected = [_alone(base, store, record, request) for record, request in jobs]
     assert found == expected
     assert len(set(found)) == len(found)
