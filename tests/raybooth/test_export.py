@@ -260,7 +260,7 @@ def draw_with_text(
     zero_terminal_snr: bool = False,
 ) -> Image.Image:
     """Our picture where the adapter moves the text encoder too."""
-    text = TextAdapter(base, tensors, learned)
+    text = TextAdapter(base, tensors, *([learned] if learned else []))
     bank = Bank(
         base.denoiser,
         sites=find_sites(base.denoiser, "all"),
