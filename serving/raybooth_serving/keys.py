@@ -76,8 +76,8 @@ class Keyring:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp: tuple[int, int, int] | None = None
-        self._keys: tuple[KeyRecord, ...] = ()
+        self._known: tuple[tuple[int, ...], tuple[KeyRecord, ...]] = ((), ())
+        """What the file looked like, and held: one value, for threads that read at once."""
 
     def read(self) -> tuple[KeyRecord, ...]:
         """The keys now, parsed only when the file has changed; no file, no keys.
@@ -85,18 +85,19 @@ class Keyring:
         Raises StoreError when the file cannot be read or is damaged.
         """
         try:
-            found = self.path.stat()
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if stamp != self._stamp:
-                self._keys = KeyFile.model_validate_json(self.path.read_bytes()).keys
-                self._stamp = stamp
+            looks = self.path.stat()
+            stamp = (looks.st_mtime_ns, looks.st_size, looks.st_ino)
+            known = self._known
+            if stamp != known[0]:
+                known = stamp, KeyFile.model_validate_json(self.path.read_bytes()).keys
         except FileNotFoundError:
-            self._stamp, self._keys = None, ()
+            known = (), ()
         except (OSError, ValidationError) as error:
-            found_text = error.strerror if isinstance(error, OSError) else "not a file of keys"
+            found = error.strerror if isinstance(error, OSError) else "not a file of keys"
             do = "mend or remove it, then create keys anew with `raybooth keys create`"
-            raise StoreError(f"{self.path} cannot be read", str(found_text), do) from error
-        return self._keys
+            raise StoreError(f"{self.path} cannot be read", str(found), do) from error
+        self._known = known
+        return known[1]
 
     def find(self, secret: bytes) -> KeyRecord | None:
         """The key of `secret`; those read last still count while the file cannot be read.
@@ -108,7 +109,7 @@ class Keyring:
             keys = self.read()
         except StoreError as error:
             logger.error("the API keys read last go on: %s", error)
-            keys = self._keys
+            keys = self._known[1]
         digest = hash_secret(secret)
         match: KeyRecord | None = None
         for key in keys:
