@@ -23,7 +23,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "moderation": ("auto",),
     "output_format": ("png",),
     "output_compression": (100,),
-    "stream": (False,),
     "partial_images": (0,),
 }
 """OpenAI's keys that change nothing here, and the values that ask for nothing."""
@@ -75,6 +74,26 @@ class ImagesRequest(BaseModel):
         return values
 
 
+class InputTokens(BaseModel):
+    """Of a request's tokens, which are what; images are never given."""
+
+    image_tokens: int = 0
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """What one image was made from and of, as OpenAI counts it."""
+
+    input_tokens: int
+    """Of both prompts."""
+
+    output_tokens: int
+    """Latent positions of the image: one for each 8x8 pixels of Stable Diffusion."""
+
+    total_tokens: int
+    input_tokens_details: InputTokens
+
+
 class ImageData(BaseModel):
     """One image of an answer; `seed` reproduces it with n = 1."""
 
@@ -92,6 +111,28 @@ class ImagesResponse(BaseModel):
     output_format: Literal["png"] = "png"
     model: str
     """`subject@version` as served, or the base's name."""
+
+
+class CompletedEvent(BaseModel):
+    """The event of a finished image in a streamed answer."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png"] = "png"
+    usage: Usage
+    seed: int
+    image_index: int
+    """Which of the n images."""
+
+
+class Note(BaseModel):
+    """A comment in a streamed answer."""
+
+    text: str
 
 
 class ModelCard(BaseModel):

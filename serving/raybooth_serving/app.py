@@ -8,12 +8,13 @@ adapter; others take over when it is full.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +35,11 @@ from raybooth.errors import ClusterError, RayBoothError, ServingError
 from raybooth.home import home
 from raybooth.store import Store
 from raybooth_serving.api import ImagesRequest, ImagesResponse, ModelList
+from raybooth_serving.caller import Caller
 from raybooth_serving.errors import QueueFullError
 from raybooth_serving.metrics import StepReport
 from raybooth_serving.routes import make_app
+from raybooth_serving.streams import StreamEvent
 
 Result = TypeVar("Result")
 
@@ -60,9 +63,17 @@ class EngineReplica:
         self.service = Service.start(parsed, parsed.bases[0], Store(Path(root) / "models"))
         self.service.engine.metrics.observers.append(_StepMetrics())
 
-    async def generate(self, request: ImagesRequest) -> ImagesResponse:
+    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """See Service."""
-        return await self.service.generate(request)
+        return await self.service.generate(request, caller)
+
+    async def stream(
+        self, request: ImagesRequest, caller: Caller
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """See Service."""
+        async with aclosing(self.service.stream(request, caller)) as events:
+            async for event in events:
+                yield event
 
     async def models(self, with_versions: bool) -> ModelList:
         """See Service."""
@@ -94,11 +105,25 @@ class _Replicas:
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self.engine = engine
 
-    async def generate(self, request: ImagesRequest) -> ImagesResponse:
-        subject_id = request.model.partition("@")[0]
-        handle = self.engine.options(session_id=subject_id)
-        answer: ImagesResponse = await _result(handle.generate.remote(request))
+    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
+        handle = self.engine.options(session_id=_session(request))
+        answer: ImagesResponse = await _result(handle.generate.remote(request, caller))
         return answer
+
+    async def stream(
+        self, request: ImagesRequest, caller: Caller
+    ) -> AsyncGenerator[StreamEvent, None]:
+        handle = self.engine.options(session_id=_session(request), stream=True)
+        events = handle.stream.remote(request, caller)
+        try:
+            while True:
+                with _errors_as_raised():
+                    event: StreamEvent = await anext(events)
+                yield event
+        except StopAsyncIteration:
+            return
+        finally:
+            events.cancel()  # nothing if it has ended
 
     async def models(self, with_versions: bool) -> ModelList:
         listed: ModelList = await _result(self.engine.models.remote(with_versions))
@@ -112,10 +137,26 @@ class _Replicas:
         await _result(self.engine.check_health.remote())
 
 
+def _session(request: ImagesRequest) -> str:
+    """Requests of one subject share a replica, which then holds its adapter."""
+    return request.model.partition("@")[0]
+
+
 async def _result(response: Any) -> Any:
-    """What a replica answered; its own errors as they were raised there."""
+    """What a replica answered."""
     try:
-        return await response
+        with _errors_as_raised():
+            return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+@contextmanager
+def _errors_as_raised() -> Iterator[None]:
+    """A replica's own errors as they were raised there; Ray's as ours."""
+    try:
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, RayBoothError):
             raise error.cause from None

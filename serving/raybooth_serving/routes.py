@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raybooth import __version__
 from raybooth.config import LimitsConfig
-from raybooth.errors import (
-    BaseModelError,
-    InputError,
-    NotPublishedError,
-    RayBoothError,
-    ServingError,
-    StoreError,
+from raybooth.errors import NotPublishedError, RayBoothError
+from raybooth_serving.answers import (
+    describe,
+    on_any_error,
+    on_http_error,
+    on_raybooth_error,
+    on_validation_error,
 )
 from raybooth_serving.api import (
-    ErrorDetail,
     ErrorResponse,
     ImagesRequest,
     ImagesResponse,
     ModelCard,
     ModelList,
-    ParameterError,
 )
-from raybooth_serving.errors import DeadlineError, QueueFullError, TooLargeError
+from raybooth_serving.body import BodyLimit
+from raybooth_serving.caller import Caller
+from raybooth_serving.streams import DONE, StreamEvent, sse, sse_error
 
-logger = logging.getLogger(__name__)
-
-STATUS: tuple[tuple[type[RayBoothError], int], ...] = (
-    (NotPublishedError, 404),
-    (BaseModelError, 400),
-    (TooLargeError, 413),
-    (InputError, 400),
-    (QueueFullError, 429),
-    (DeadlineError, 504),
-    (ServingError, 503),
-    (StoreError, 503),
-)
-"""The HTTP status of each error; the first that fits."""
-
-TYPES = {404: "not_found_error", 429: "rate_limit_error"}
-"""OpenAI's `type` by status; other 4xx are invalid_request_error, 5xx server_error."""
+NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""No proxy may hold events back."""
 
 
 class Backend(Protocol):
     """What answers: a service in this process, or replicas behind a handle."""
 
-    async def generate(self, request: ImagesRequest) -> ImagesResponse: ...
+    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse: ...
+
+    def stream(
+        self, request: ImagesRequest, caller: Caller
+    ) -> AsyncGenerator[StreamEvent, None]: ...
 
     async def models(self, with_versions: bool) -> ModelList: ...
 
@@ -75,17 +64,22 @@ def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
         redoc_url=None,
         responses=failures,
         exception_handlers={
-            RayBoothError: _on_raybooth_error,
-            RequestValidationError: _on_validation_error,
-            HTTPException: _on_http_error,
-            Exception: _on_any_error,
+            RayBoothError: on_raybooth_error,
+            RequestValidationError: on_validation_error,
+            HTTPException: on_http_error,
+            Exception: on_any_error,
         },
     )
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
 
-    @app.post("/v1/images/generations", response_model_exclude_none=True)
-    async def generate(body: ImagesRequest, request: Request) -> ImagesResponse:
-        return await backend.generate(body)
+    @app.post(
+        "/v1/images/generations", response_model=ImagesResponse, response_model_exclude_none=True
+    )
+    async def generate(body: ImagesRequest) -> ImagesResponse | StreamingResponse:
+        caller = Caller()
+        if body.stream:
+            return await _streamed(backend.stream(body, caller))
+        return await backend.generate(body, caller)
 
     @app.get("/v1/models")
     async def models(versions: bool = False) -> ModelList:
@@ -111,109 +105,18 @@ def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
     return app
 
 
-def answer(error: RayBoothError) -> JSONResponse:
-    """`error` as OpenAI's clients expect it."""
-    status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-    headers: dict[str, str] = {}
-    if isinstance(error, QueueFullError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    if status in (500, 504):
-        headers["x-should-retry"] = "false"  # the work would be done, and fail, three times
-    param = error.param if isinstance(error, ParameterError) else None
-    if isinstance(error, NotPublishedError | BaseModelError):
-        param = "model"
-    return _response(status, str(error), param, error.code, headers)
+async def _streamed(events: AsyncGenerator[StreamEvent, None]) -> StreamingResponse:
+    """The events as they come; what fails before the first is answered with its own status."""
+    first = await anext(events)
 
+    async def body() -> AsyncIterator[bytes]:
+        async with aclosing(events):
+            try:
+                yield sse(first)
+                async for event in events:
+                    yield sse(event)
+            except RayBoothError as error:
+                yield sse_error(describe(error))
+            yield DONE
 
-class BodyLimit:
-    """Refuses request bodies over `max_bytes`, told or counted, with 413."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body up to the limit, then pass it on whole."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has left
-            body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                what, do = "the request body is too large", f"send at most {self.max_bytes} bytes"
-                error = TooLargeError(what, f"{len(body)} bytes or more", do)
-                await answer(error)(scope, receive, send)
-                return
-            if not message.get("more_body", False):
-                break
-        await self.app(scope, _replay(body, receive), send)
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    is_read = False
-
-    async def read() -> Message:
-        nonlocal is_read
-        if is_read:
-            return await receive()
-        is_read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return read
-
-
-async def _on_raybooth_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RayBoothError)
-    return answer(error)
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if first["type"] == "json_invalid":
-        message = f"the body is not JSON: {first['ctx']['error']}"
-        return _response(400, message, None, "invalid_json")
-    param = ".".join(names) or None
-    if first["type"] == "extra_forbidden":
-        message = f"{param} is not a known parameter; remove it or check its spelling"
-    elif first["type"] == "missing":
-        message = f"{param or 'the body'} is missing; add it"
-    else:
-        found = repr(first.get("input"))
-        message = f"{param or 'the body'}: {first['msg']} (found {found[:80]})"
-    return _response(400, message, param, "invalid_request")
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    if error.status_code == 404:
-        message = f"no route {request.method} {path}; see POST /v1/images/generations"
-        return _response(404, message, None, "unknown_url")
-    if error.status_code == 405:
-        message = f"{path} does not take {request.method}"
-        return _response(405, message, None, "method_not_allowed", dict(error.headers or {}))
-    return _response(error.status_code, str(error.detail), None, "invalid_request")
-
-
-async def _on_any_error(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    message = "the endpoint failed; its log says why"
-    return _response(500, message, None, "internal_error", {"x-should-retry": "false"})
-
-
-def _response(
-    status: int,
-    message: str,
-    param: str | None,
-    code: str,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status, headers)
+    return StreamingResponse(body(), media_type="text/event-stream", headers=NO_CACHE)

@@ -6,28 +6,35 @@ import asyncio
 import base64
 import secrets
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import torch
 
 from raybooth.config import Precision, ServeConfig, ServedBase
 from raybooth.config.adapter import countable
-from raybooth.model.base import Base, cut_tokens, load_base
+from raybooth.model.base import Base, cut_tokens, load_base, token_split
 from raybooth.model.sampler import SampleRequest
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import (
+    CompletedEvent,
     ImageData,
     ImagesRequest,
     ImagesResponse,
+    InputTokens,
     ModelList,
     ParameterError,
+    Usage,
     check_limits,
     parse_size,
 )
+from raybooth_serving.caller import Caller
 from raybooth_serving.catalog import Catalog
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
 from raybooth_serving.orders import GeneratedImage, Order, Part
+from raybooth_serving.streams import Events, StreamEvent
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -55,25 +62,31 @@ class Service:
         base = load_base(served.base, revision=served.revision, device=device, dtype=dtype)
         return cls(base, store, config, served)
 
-    async def generate(self, request: ImagesRequest) -> ImagesResponse:
+    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
-        check_limits(request, self.config.limits)
-        record = await asyncio.to_thread(self.catalog.resolve, request.model)
-        samples = self._samples(request, record)
-        timeout_s = self.config.limits.timeout_s
-        parts = () if record is None else (Part(record),)
-        try:
-            async with asyncio.timeout(timeout_s):
-                images = await self.engine.generate(Order(tuple(samples), parts))
-        except TimeoutError as error:
-            what, do = "the images took too long", "ask for fewer or smaller images"
-            raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
+        record, samples = await self._resolve(request)
+        images = await self._draw(record, samples, caller)
         return ImagesResponse(
             created=int(time.time()),
             data=[_data(image, request.response_format) for image in images],
             size=f"{samples[0].width}x{samples[0].height}",
             model=self.name if record is None else record.reference,
         )
+
+    async def stream(
+        self, request: ImagesRequest, caller: Caller
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The events of `request`, the last of each image its completed one."""
+        record, samples = await self._resolve(request)
+        events = Events()
+
+        async def work() -> None:
+            for index, image in enumerate(await self._draw(record, samples, caller)):
+                events.put(self._completed(index, image, samples[index]))
+
+        async with aclosing(events.during(work())) as stream:
+            async for event in stream:
+                yield event
 
     async def models(self, with_versions: bool) -> ModelList:
         """What can be asked for now."""
@@ -87,6 +100,27 @@ class Service:
     async def check_health(self) -> None:
         """Raises ServingError when the engine has died."""
         self.engine.check_health()
+
+    async def _resolve(
+        self, request: ImagesRequest
+    ) -> tuple[AdapterRecord | None, list[SampleRequest]]:
+        check_limits(request, self.config.limits)
+        record = await asyncio.to_thread(self.catalog.resolve, request.model)
+        return record, self._samples(request, record)
+
+    async def _draw(
+        self, record: AdapterRecord | None, samples: list[SampleRequest], caller: Caller
+    ) -> list[GeneratedImage]:
+        timeout_s = self.config.limits.timeout_s
+        if caller.deadline_s is not None:
+            timeout_s = min(timeout_s, caller.deadline_s)
+        parts = () if record is None else (Part(record),)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.engine.generate(Order(tuple(samples), parts))
+        except TimeoutError as error:
+            what, do = "the images took too long", "ask for fewer or smaller images"
+            raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
 
     def _samples(self, request: ImagesRequest, record: AdapterRecord | None) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""
@@ -129,6 +163,29 @@ class Service:
         if width * height > limit:
             what = f"this endpoint makes at most {limit} pixels"
             raise ParameterError("size", what, found, f"for example {native}x{native}")
+
+    def _completed(
+        self, index: int, image: GeneratedImage, sample: SampleRequest
+    ) -> CompletedEvent:
+        assert sample.width is not None
+        assert sample.height is not None
+        unit = self.base.vae_scale_factor
+        prompts = (sample.prompt, sample.negative_prompt)
+        text_tokens = sum(len(token_split(self.base.tokenizer, prompt)) for prompt in prompts)
+        image_tokens = sample.width * sample.height // unit**2
+        return CompletedEvent(
+            b64_json=base64.b64encode(image.picture).decode("ascii"),
+            created_at=int(time.time()),
+            size=f"{sample.width}x{sample.height}",
+            usage=Usage(
+                input_tokens=text_tokens,
+                output_tokens=image_tokens,
+                total_tokens=text_tokens + image_tokens,
+                input_tokens_details=InputTokens(text_tokens=text_tokens),
+            ),
+            seed=image.finished.seed,
+            image_index=index,
+        )
 
 
 def base_name(base: Base) -> str:

@@ -151,7 +151,6 @@ def test_openai_keys_at_their_defaults_are_taken(openai_client: OpenAI) -> None:
         ("moderation", "low"),
         ("output_format", "webp"),
         ("output_compression", 50),
-        ("stream", True),
         ("partial_images", 2),
     ],
 )
