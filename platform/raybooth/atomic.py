@@ -10,11 +10,16 @@ from pathlib import Path
 from uuid import uuid4
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Put `text` at `path`: beside, fsync, rename; a reader sees old or new, never half."""
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Put `text` at `path`: beside, fsync, rename; a reader sees old or new, never half.
+
+    `mode` is the file's from its first byte on, less the umask.
+    """
     staging = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        staging.write_text(text, "utf-8")
+        handle = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
         _sync_file(staging)
         staging.replace(path)
     finally:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,8 +53,10 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 class Store:
     """Published models under one folder; every reader sees whole versions or nothing."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, seen: Sequence[str] = ("*",)) -> None:
+        """A reader may be given globs of subject ids in `seen`; to it no others are there."""
         self.root = root
+        self.seen = tuple(seen)
 
     def publish(self, record: AnyRecord, files: Mapping[str, Path]) -> AnyRecord:
         """A new version of `record.subject_id` with copies of `files`, in one atomic rename.
@@ -147,9 +150,9 @@ class Store:
         """The folder of a published version or a preview."""
         subject_id, _, label = reference.partition("@")
         if is_preview(label):
-            return self.root / subject_id / self._preview_label(subject_id, label)
+            return self._home(subject_id) / self._preview_label(subject_id, label)
         subject_id, version = self.resolve(reference)
-        return self.root / subject_id / str(version)
+        return self._home(subject_id) / str(version)
 
     def fetch(self, reference: str) -> Record:
         """The record of a published version, or of a preview (`subject@preview`).
@@ -304,34 +307,43 @@ class Store:
         if not _NAME.fullmatch(subject_id):
             raise self._unknown(subject_id)
         if label == PREVIEW:
-            pointer = newest_preview(self.root / subject_id)
+            pointer = newest_preview(self._home(subject_id))
             label = pointer.label if pointer is not None else ""
-        if not label or not (self.root / subject_id / label).is_dir():
+        if not label or not (self._home(subject_id) / label).is_dir():
             do = "a preview is there while a job trains the subject; see `raybooth models`"
             raise NotPublishedError(f"{subject_id!r} has no such preview now", label, do)
         return label
+
+    def _home(self, subject_id: str) -> Path:
+        """The subject's folder; that of one not seen is a place where nothing is."""
+        return self.root / (subject_id if is_seen(self.seen, subject_id) else ".unseen")
 
     def _names(self) -> list[str]:
         if not self.root.is_dir():
             return []
         names = (entry.name for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(name for name in names if _NAME.fullmatch(name))
+        return sorted(n for n in names if _NAME.fullmatch(n) and is_seen(self.seen, n))
 
     def _numbers(self, subject_id: str) -> list[int]:
-        folder = self.root / subject_id
+        folder = self._home(subject_id)
         if not folder.is_dir():
             return []
         return [int(e.name) for e in folder.iterdir() if e.name.isdecimal() and e.is_dir()]
 
     def _aliases(self, subject_id: str) -> Aliases:
-        return Aliases(self.root / subject_id)
+        return Aliases(self._home(subject_id))
 
     def _unknown(self, subject_id: str) -> NotPublishedError:
         near = difflib.get_close_matches(subject_id, self.subjects(), n=5, cutoff=0.5)
         do = f"did you mean {', '.join(near)}?" if near else "see `raybooth models`"
-        if _NAME.fullmatch(subject_id) and newest_preview(self.root / subject_id) is not None:
+        if _NAME.fullmatch(subject_id) and newest_preview(self._home(subject_id)) is not None:
             do = f"its job still trains: {subject_id}@{PREVIEW} is there"
         return NotPublishedError(f"no subject {subject_id!r} is published", "", do)
+
+
+def is_seen(globs: Sequence[str], subject_id: str) -> bool:
+    """Whether one of `globs` fits the whole `subject_id`."""
+    return any(fnmatchcase(subject_id, glob) for glob in globs)
 
 
 def check_subject_id(subject_id: str) -> None:

@@ -7,23 +7,21 @@ costs a microsecond for each request. Every hash is compared, each in constant t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
+from raybooth.atomic import locked, write_atomic
 from raybooth.config import Strict
 from raybooth.errors import InputError, StoreError
 
@@ -64,11 +62,6 @@ class KeyFile(Strict):
 
     schema_version: Literal[1] = 1
     keys: tuple[KeyRecord, ...] = ()
-
-
-def sees(subjects: Sequence[str], subject_id: str) -> bool:
-    """Whether the globs `subjects` hold `subject_id`."""
-    return any(fnmatchcase(subject_id, glob) for glob in subjects)
 
 
 class Keyring:
@@ -140,7 +133,7 @@ class Keyring:
             created=now.replace(microsecond=0),
             expires=expires,
         )
-        with self._locked():
+        with self._changing():
             keys = self.read()
             if any(other.name == name for other in keys):
                 do = "revoke it first, or choose another name"
@@ -151,7 +144,7 @@ class Keyring:
     def rotate(self, name: str) -> tuple[KeyRecord, str]:
         """The key `name` with another secret; the old one is refused from now on."""
         secret = new_secret()
-        with self._locked():
+        with self._changing():
             old = self._named(name)
             new = old.model_copy(update={"sha256": hash_secret(secret.encode())})
             self._write(tuple(new if key is old else key for key in self.read()))
@@ -159,7 +152,7 @@ class Keyring:
 
     def revoke(self, name: str) -> KeyRecord:
         """The key that was `name`; refused from now on."""
-        with self._locked():
+        with self._changing():
             gone = self._named(name)
             self._write(tuple(key for key in self.read() if key is not gone))
         return gone
@@ -172,30 +165,13 @@ class Keyring:
         known = ", ".join(key.name for key in keys) or "none"
         raise InputError(f"no key is called {name!r}", f"keys {known}", "see `raybooth keys ls`")
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _changing(self) -> AbstractContextManager[None]:
         """One writer at a time, also between processes."""
-        path = self.path.with_suffix(".lock")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+        return locked(self.path.with_suffix(".lock"))
 
     def _write(self, keys: tuple[KeyRecord, ...]) -> None:
-        """Whole or not at all, for its owner's eyes only."""
-        staging = self.path.with_name(f".{self.path.name}-{secrets.token_hex(8)}")
         text = json.dumps(KeyFile(keys=keys).model_dump(mode="json"), indent=2) + "\n"
-        handle = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(self.path)
-        finally:
-            staging.unlink(missing_ok=True)
+        write_atomic(self.path, text, mode=0o600)
 
 
 def hash_secret(secret: bytes) -> str:

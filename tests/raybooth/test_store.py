@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from raybooth.errors import InputError, NotPublishedError, StoreError
-from raybooth.store import RECORD, WEIGHTS, AdapterRecord, BaseRecord, PhotoRecord, Store
+from raybooth.store import (
+    RECORD,
+    WEIGHTS,
+    AdapterRecord,
+    BaseRecord,
+    PhotoRecord,
+    Store,
+    is_seen,
+)
 
 
 def a_record(subject_id: str = "rex", job_id: str = "rex-1") -> AdapterRecord:
@@ -152,3 +160,43 @@ def test_two_processes_never_share_a_version(store: Store, weights: Path) -> Non
         assert process.exitcode == 0
     assert store.versions("rex") == list(range(1, 21))
     assert all(store.verify(f"rex@{version}") == [] for version in store.versions("rex"))
+
+
+def test_globs_hold_whole_ids() -> None:
+    assert is_seen(["dog-*"], "dog-a")
+    assert is_seen(["cat", "dog-?"], "dog-a")
+    assert is_seen(["*"], "vase")
+    assert not is_seen(["dog"], "dog-a")
+    assert not is_seen(["og-*"], "dog-a")
+    assert not is_seen([], "dog-a")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["rex", "rex@1", "rex@9", "rex@latest", "rex@best", "rex@preview", "rx", "dog-c", "fido@2"],
+)
+def test_what_is_not_seen_is_as_if_it_were_not_there(
+    tmp_path: Path, weights: Path, reference: str
+) -> None:
+    whole, without = Store(tmp_path / "whole"), Store(tmp_path / "without")
+    for store in (whole, without):
+        store.publish(a_record("dog-a"), {WEIGHTS: weights})
+        store.publish(a_record("fido"), {WEIGHTS: weights})
+    whole.publish(a_record("rex"), {WEIGHTS: weights})
+    whole.set_alias("rex", "best", 1)
+    whole.publish_preview(a_record("rex", "rex-2"), {WEIGHTS: weights})
+    reader = Store(whole.root, ["dog-*", "fido"])
+
+    def ask(store: Store) -> list[str]:
+        told = []
+        for question in (store.fetch, store.folder, store.versions, store.aliases, store.verify):
+            with pytest.raises(NotPublishedError) as error:
+                question(reference)
+            told.append(str(error.value))
+        return told
+
+    assert ask(reader) == ask(without)
+    assert reader.subjects() == without.subjects() == ["dog-a", "fido"]
+    assert reader.previewed() == without.previewed() == []
+    assert reader.fetch("fido").reference == "fido@1"
+    assert whole.fetch("rex@best").reference == "rex@1"

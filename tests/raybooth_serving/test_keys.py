@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raybooth.errors import InputError, StoreError
-from raybooth_serving.keys import PREFIX, Keyring, parse_expiry, sees
+from raybooth_serving.keys import PREFIX, Keyring, parse_expiry
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_file_is_its_owner_s_alone_and_left_whole(ring: Keyring) -> None:
     ring.create("one")
     ring.create("two")
     assert {path.name for path in ring.path.parent.iterdir()} == {"keys.json", "keys.lock"}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in ring.path.parent.iterdir()} == {0o600}
+    assert stat.S_IMODE(ring.path.stat().st_mode) == 0o600
 
 
 def test_another_process_revokes_and_the_reader_sees_it(ring: Keyring) -> None:
@@ -111,15 +111,6 @@ def test_globs_that_cannot_be_used(ring: Keyring, glob: str) -> None:
     with pytest.raises(InputError, match="no glob of subjects"):
         ring.create("one", subjects=["cat-*", glob])
     assert ring.read() == ()
-
-
-def test_globs_hold_whole_ids() -> None:
-    assert sees(["dog-*"], "dog-a")
-    assert sees(["cat", "dog-?"], "dog-a")
-    assert sees(["*"], "vase")
-    assert not sees(["dog"], "dog-a")
-    assert not sees(["og-*"], "dog-a")
-    assert not sees([], "dog-a")
 
 
 def test_expiry(ring: Keyring) -> None:
