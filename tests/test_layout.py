@@ -40,6 +40,7 @@ PURE_MODULES = (
 )
 RAY_FILES = {
     "platform/raybooth/fleet/dispatcher.py",
+    "platform/raybooth/fleet/evaluation_cluster.py",
     "platform/raybooth/fleet/launch.py",
     "platform/raybooth/fleet/trainer.py",
     "platform/raybooth/data/prior_cluster.py",

@@ -164,6 +164,11 @@ def encoder_folder(source: str, pocket_part: str) -> Path:
     return folder
 
 
+def encoder_fingerprint(source: str, pocket_part: str) -> str:
+    """sha256 of the weights that `source` means, without loading them; raises EncoderError."""
+    return _fingerprint(encoder_folder(source, pocket_part))
+
+
 def _fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

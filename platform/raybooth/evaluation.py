@@ -16,7 +16,7 @@ N instance images, M samples, P prior pictures, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,11 @@ class Sampling:
     zero_terminal_snr: bool = False
     """As the model was trained."""
 
+    @property
+    def num_pictures(self) -> int:
+        """All that are drawn of one subject."""
+        return len(self.prompts) * self.images_per_prompt + self.class_images
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -110,8 +115,12 @@ def draw(
     words: Words,
     sampling: Sampling,
     text: TextAdapter | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Samples:
-    """All pictures in mixed batches: image i of prompt p has seed + p * images_per_prompt + i."""
+    """All pictures in mixed batches: image i of prompt p has seed + p * images_per_prompt + i.
+
+    `on_step` is that of `generate`.
+    """
     prompts = [words.fill(t) for t in sampling.prompts for _ in range(sampling.images_per_prompt)]
     prompts += [words.fill(sampling.class_prompt)] * sampling.class_images
     requests = [
@@ -129,7 +138,7 @@ def draw(
         )
         for place, prompt in enumerate(prompts)
     ]
-    images = generate(base, bank, requests)
+    images = generate(base, bank, requests, on_step=on_step)
     each = sampling.images_per_prompt
     cut = each * len(sampling.prompts)
     return Samples(

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.commands.evaluate import (
-    add_options,
-    check_options,
-    describe,
-    evaluate_record,
-    figure,
-    find_photos,
-    load_judges,
-)
+from raybooth.commands.evaluate import add_options, check_options, figure, judges_of
 from raybooth.dreambench import PUBLISHED, BenchSubject, fleet_text, read_subjects
 from raybooth.errors import RequestError
-from raybooth.home import home, store_folder
-from raybooth.store import FullRecord, Record, Store
+from raybooth.home import home, priors_folder, store_folder
+from raybooth.store import Store
 
 if TYPE_CHECKING:
-    from raybooth.encoders import Encoders
-    from raybooth.evaluation import Sampling
+    from raybooth.fleet.evaluation import EvaluationTask
 
 
 def register(subparsers: Any) -> None:
@@ -37,9 +27,9 @@ def register(subparsers: Any) -> None:
     dreambench = commands.add_parser(
         "dreambench",
         help="train and evaluate the subjects of the DreamBooth paper's dataset",
-        description="Writes a fleet file, trains and publishes every subject on Ray, draws each "
-        "subject's 25 prompts 4 times and prints the paper's table with ours beside it. Run "
-        "again, it goes on where it stopped.",
+        description="Writes a fleet file, trains and publishes every subject on Ray, draws and "
+        "scores each subject's 25 prompts 4 times, a Ray task a subject, and prints the paper's "
+        "table with ours beside it. Run again, it goes on where it stopped.",
     )
     dreambench.add_argument("folder", metavar="FOLDER", type=Path)
     dreambench.add_argument("--base", default="pocket", help="as in fleet files (default: pocket)")
@@ -72,8 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         code = _train(fleet)
         if code == 130:
             return code
-        results = _evaluate(arguments, fleet, subjects, folder)
-    document = _document(results, [one.subject_id for one in subjects])
+        results, failed = _evaluate(arguments, fleet, subjects, folder)
+    for subject_id, reason in failed.items():
+        print(f"raybooth: {subject_id} was not evaluated: {reason}", file=sys.stderr)
+    document = _document(results, [one.subject_id for one in subjects], failed)
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
@@ -89,21 +81,42 @@ def _train(fleet: Path) -> int:
 
 def _evaluate(
     arguments: argparse.Namespace, fleet: Path, subjects: tuple[BenchSubject, ...], folder: Path
-) -> list[dict[str, Any]]:
-    """Each published subject's report, drawn now or read from an earlier run of the same."""
-    import torch
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(each published subject's report, drawn now or in an earlier run, reasons of failures)."""
+    tasks = _tasks(arguments, fleet, subjects)
+    reports = [folder / task.report_name for task in tasks]
+    missing = [task for task, path in zip(tasks, reports, strict=True) if not path.exists()]
+    failed = _draw_and_score(missing, folder) if missing else {}
+    found = [path.read_text(encoding="utf-8") for path in reports if path.exists()]
+    return [json.loads(text) for text in found], failed
 
+
+def _draw_and_score(tasks: list[EvaluationTask], folder: Path) -> dict[str, str]:
+    from raybooth.fleet.evaluation_cluster import evaluate_on_cluster
+    from raybooth.fleet.launch import cluster
+    from raybooth.pocket.progress import stage
+
+    total = sum(task.sampling.num_pictures for task in tasks)
+    with cluster() as can_grow, stage("pictures", total) as tell:
+        return evaluate_on_cluster(
+            tasks, folder, can_grow=can_grow, on_progress=lambda drawn: tell(drawn, "")
+        )
+
+
+def _tasks(
+    arguments: argparse.Namespace, fleet: Path, subjects: tuple[BenchSubject, ...]
+) -> list[EvaluationTask]:
+    """One for each published subject."""
     from raybooth.data.prior import PriorCache
     from raybooth.evaluation import Sampling
+    from raybooth.fleet.evaluation import EvaluationTask
     from raybooth.fleet.survey import survey_fleet
-    from raybooth.home import priors_folder
-    from raybooth.model.base import load_base
 
     survey = survey_fleet(fleet, PriorCache(priors_folder()))
     jobs = {job.subject.subject_id: job for job in survey.jobs}
-    store, device = Store(store_folder()), "cuda" if torch.cuda.is_available() else "cpu"
-    judges = load_judges(arguments, survey.fleet.base, device)
-    base, results = None, []
+    store = Store(store_folder())
+    image_encoder, clip = judges_of(arguments, survey.fleet.base)
+    tasks = []
     for subject in subjects:
         job = jobs[subject.subject_id]
         record = store.published_job(subject.subject_id, job.job_id)
@@ -122,35 +135,17 @@ def _evaluate(
             side=config.resolution,
             zero_terminal_snr=record.zero_terminal_snr,
         )
-        report = folder / f"{_key(record, sampling, judges)}.json"
-        if not report.exists():
-            print(f"evaluating {record.reference}")
-            base = base or load_base(
-                survey.fleet.base, revision=survey.fleet.revision, device=device
-            )
-            photos = find_photos(record, subject.folder)
-            scores = evaluate_record(base, record, photos, sampling, judges)
-            if isinstance(record, FullRecord):
-                base = None  # its weights are the subject's by now
-            text = json.dumps(describe(record, scores, sampling, judges, len(photos)), indent=2)
-            _write(report, text)
-        results.append(json.loads(report.read_text(encoding="utf-8")))
-    return results
+        photos = job.subject.images
+        judged = EvaluationTask(
+            store.root, record, photos, sampling, image_encoder, clip, config.resources
+        )
+        tasks.append(judged)
+    return tasks
 
 
-def _key(record: Record, sampling: Sampling, judges: Encoders) -> str:
-    """Names a report by all that decides it."""
-    parts = [record.job_id, asdict(sampling), judges.image.fingerprint, judges.clip.fingerprint]
-    return f"{record.subject_id}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
-
-
-def _write(path: Path, text: str) -> None:
-    from raybooth.data.whole_file import write_whole
-
-    write_whole(path, text.encode())
-
-
-def _document(results: list[dict[str, Any]], asked: list[str]) -> dict[str, Any]:
+def _document(
+    results: list[dict[str, Any]], asked: list[str], failed: dict[str, str]
+) -> dict[str, Any]:
     from raybooth.evaluation import mean_scores, scores_from
 
     keys = ("dino", "clip_i", "clip_t", "pres", "div", "ceiling")
@@ -161,6 +156,7 @@ def _document(results: list[dict[str, Any]], asked: list[str]) -> dict[str, Any]
         "published": [asdict(row) for row in PUBLISHED],
         "subjects": results,
         "missing": [name for name in asked if name not in done],
+        "failed": failed,
         "num_images": sum(len(one["prompts"]) * one["images_per_prompt"] for one in results),
         "note": "published rows: 30 subjects x 25 prompts x 4 images, DINO ViT-S/16 and CLIP; "
         "ours are comparable only with these encoders and all 30 subjects; div is not LPIPS",

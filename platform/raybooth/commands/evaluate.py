@@ -7,17 +7,12 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raybooth.config import SamplesConfig
-from raybooth.errors import InputError, RequestError, SubjectError
+from raybooth.errors import InputError, RequestError
 from raybooth.home import home, store_folder
 from raybooth.store import Record, Store
-
-if TYPE_CHECKING:
-    from raybooth.encoders import Encoders
-    from raybooth.evaluation import Sampling, Scores
-    from raybooth.model.base import Base
 
 
 def register(subparsers: Any) -> None:
@@ -77,9 +72,9 @@ def check_options(arguments: argparse.Namespace) -> None:
             raise RequestError(f"{option} is out of range", str(value), f"use {lowest} or more")
 
 
-def load_judges(arguments: argparse.Namespace, base_name: str, device: str) -> Encoders:
-    """The encoders that were asked for; those of the pocket world judge its own base alone."""
-    from raybooth.encoders import POCKET, load_encoders
+def judges_of(arguments: argparse.Namespace, base_name: str) -> tuple[str, str]:
+    """(image encoder, CLIP) that were asked for; the pocket world's judge its own base alone."""
+    from raybooth.encoders import POCKET
 
     for option in ("image_encoder", "clip"):
         if getattr(arguments, option) is None and base_name != POCKET:
@@ -89,7 +84,7 @@ def load_judges(arguments: argparse.Namespace, base_name: str, device: str) -> E
                 "only the pocket base brings encoders of its own world",
                 "name a folder or a Hub id at a commit",
             )
-    return load_encoders(arguments.image_encoder or POCKET, arguments.clip or POCKET, device)
+    return arguments.image_encoder or POCKET, arguments.clip or POCKET
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,7 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     store = Store(store_folder())
     record = store.fetch(arguments.reference)
-    photos = find_photos(record, arguments.photos)
     samples = SamplesConfig.model_validate(record.train.get("samples", {}))
     prompts = samples.prompts[: arguments.prompts]
     if not prompts:
@@ -116,11 +110,10 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from raybooth.evaluation import Sampling
-    from raybooth.model.base import load_base
+    from raybooth.fleet.evaluation import EvaluationTask, evaluate
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    judges = load_judges(arguments, record.base.name, device)
-    base = load_base(record.base.name, revision=record.base.revision, device=device)
+    image_encoder, clip = judges_of(arguments, record.base.name)
+    folder = arguments.photos
     sampling = Sampling(
         prompts=prompts,
         class_prompt=record.train.get("class_prompt", record.class_prompt),
@@ -133,67 +126,15 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         side=record.train.get("resolution"),
         zero_terminal_snr=record.zero_terminal_snr,
     )
-    scores = evaluate_record(base, record, photos, sampling, judges)
-    return describe(record, scores, sampling, judges, len(photos))
-
-
-def evaluate_record(
-    base: Base, record: Record, photos: list[Path], sampling: Sampling, judges: Encoders
-) -> Scores:
-    """Draws the published model's samples on `base` and scores them."""
-    from raybooth.commands.generate import take_on, text_of
-    from raybooth.data.images import load_photo
-    from raybooth.evaluation import Words, draw, score
-
-    words = Words(record.identifier, record.class_noun)
-    bank = take_on(base, record)
-    try:
-        slot = 0 if bank is None else 1
-        samples = draw(base, bank, slot, words, sampling, text_of(base, record))
-    finally:
-        if bank is not None:
-            bank.detach()
-    plain = [words.plain(template) for template in sampling.prompts]
-    return score(judges, [load_photo(path) for path in photos], samples, plain)
-
-
-def find_photos(record: Record, folder: Path | None) -> list[Path]:
-    """The instance images that the record names, each checked by its bytes.
-
-    Raises SubjectError when one is not there or another picture by now.
-    """
-    from raybooth.data.images import photo_digest
-
-    if folder is not None:
-        paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    else:
-        paths = _trained_on(record)
-    by_digest = {photo_digest(path): path for path in paths if path.is_file()}
-    missing = [photo.name for photo in record.photos if photo.sha256 not in by_digest]
-    if missing or not record.photos:
-        found = f"not found: {', '.join(missing)}" if missing else "the record names none"
-        do = "name the folder that holds them with --photos"
-        raise SubjectError(f"the photos of {record.reference} are needed", found, do)
-    return [by_digest[photo.sha256] for photo in record.photos]
-
-
-def describe(
-    record: Record, scores: Scores, sampling: Sampling, judges: Encoders, num_photos: int
-) -> dict[str, Any]:
-    """The scores and all that they depend on."""
-    return {
-        "subject": record.reference,
-        **scores.as_dict(),
-        "num_instance_images": num_photos,
-        "prompts": list(sampling.prompts),
-        "images_per_prompt": sampling.images_per_prompt,
-        "class_images": sampling.class_images,
-        "seed": sampling.seed,
-        "encoders": {
-            "image": {"source": judges.image.source, "sha256": judges.image.fingerprint},
-            "clip": {"source": judges.clip.source, "sha256": judges.clip.fingerprint},
-        },
-    }
+    task = EvaluationTask(
+        store=store_folder(),
+        record=record,
+        photos=tuple(sorted(folder.iterdir()) if folder else _trained_on(record)),
+        sampling=sampling,
+        image_encoder=image_encoder,
+        clip=clip,
+    )
+    return evaluate(task, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _trained_on(record: Record) -> list[Path]:

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from raybooth.config import EngineConfig, SamplingDefaults
+from raybooth.config import SamplingDefaults
 from raybooth.config.adapter import countable
-from raybooth.errors import BaseModelError, InputError, NotPublishedError, RequestError, StoreError
+from raybooth.errors import InputError, NotPublishedError, RequestError, StoreError
 from raybooth.home import store_folder
-from raybooth.store import LEARNED, WEIGHTS, AdapterRecord, FullRecord, Record, Store
+from raybooth.store import AdapterRecord, FullRecord, Record, Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from raybooth.model.bank import Bank
-    from raybooth.model.base import Base
     from raybooth.model.sampler import SampleRequest
-    from raybooth.model.text_adapter import TextAdapter
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SEED = 2**63 - 1
@@ -66,6 +63,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     from raybooth.model.base import cut_tokens, load_base
+    from raybooth.model.published import take_on, text_of
     from raybooth.model.sampler import SampleRequest, generate
 
     if record is None:
@@ -75,14 +73,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     revision = None if arguments.base else revision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(source, revision=revision, device=device)
-    text = text_of(base, record)
+    text, bank = None, None
+    if record is not None:
+        folder = Store(store_folder()).folder(record.reference)
+        text, bank = text_of(base, record, folder), take_on(base, record, folder)
     for prompt in (arguments.prompt, arguments.negative_prompt):
         if isinstance(record, AdapterRecord):
             prompt = countable(prompt, record.identifier, record.identifier_tokens)
         if cut := cut_tokens(base, prompt):
             found = f"these tokens would be cut: {' '.join(cut[:20])}"
             raise RequestError("a prompt is too long for this base", found, "shorten it")
-    bank = None if record is None else take_on(base, record)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     requests = [
         SampleRequest(
@@ -150,49 +150,6 @@ def _record(reference: str, base: str | None) -> Record | None:
         do = "delete it and train the subject again"
         raise StoreError(f"{record.reference} is damaged", "; ".join(wrong), do)
     return record
-
-
-def take_on(base: Base, record: Record) -> Bank | None:
-    """The adapter in slot 1, at the rank that a server's bank has by default (same bytes).
-
-    A full fine-tune takes the place of the base's own weights and needs no bank.
-    """
-    from raybooth.model.bank import Bank
-    from raybooth.model.full_weights import load_full
-    from raybooth.model.lora import denoiser_part, find_sites, load_adapter
-
-    if record.base.fingerprint != base.fingerprint:
-        raise BaseModelError(
-            f"{record.reference} was trained on another base",
-            f"{record.base.name} {record.base.fingerprint[:12]}, not {base.fingerprint[:12]}",
-            "name its own base with --base",
-        )
-    folder = Store(store_folder()).folder(record.reference)
-    if isinstance(record, FullRecord):
-        load_full(base, folder, record.parts)
-        return None
-    targets: Any = record.targets
-    bank = Bank(
-        base.denoiser,
-        sites=find_sites(base.denoiser, targets),
-        rank=max(record.rank, EngineConfig().max_rank),
-        num_slots=1,
-        device=base.device,
-    )
-    bank.write(1, denoiser_part(load_adapter(folder / WEIGHTS)))
-    return bank
-
-
-def text_of(base: Base, record: Record | None) -> TextAdapter | None:
-    """What prompts mean to the published subject, where not what they mean to the base."""
-    from raybooth.model.lora import load_adapter
-    from raybooth.model.text_adapter import load_text_adapter
-
-    if not isinstance(record, AdapterRecord):
-        return None
-    folder = Store(store_folder()).folder(record.reference)
-    learned = folder / LEARNED if LEARNED in record.files else None
-    return load_text_adapter(base, load_adapter(folder / WEIGHTS), learned)
 
 
 def _columns(count: int) -> int:

@@ -1,4 +1,4 @@
-"""How far a pretraining has come: a bar in a terminal, a plain line now and then elsewhere."""
+"""How far a long job has come: a bar in a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time

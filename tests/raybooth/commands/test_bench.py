@@ -47,3 +47,9 @@ def test_two_subjects_become_the_paper_s_table(
     assert "DreamBooth (Stable Diffusion)" in shown
     assert "0.668" in shown
     assert {path: path.stat().st_mtime_ns for path in reports} == reports
+    dog, vase = sorted(reports)
+    text = vase.read_text(encoding="utf-8")
+    vase.unlink()  # as if killed before it was written
+    assert main(words) == 0
+    assert vase.read_text(encoding="utf-8") == text
+    assert dog.stat().st_mtime_ns == reports[dog]
