@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from raybooth.errors import BaseModelError
 from raybooth.model.base import Base
 from raybooth.model.lora import TokenSite
+from raybooth.model.tensor_file import TensorFile, read_tensors
 
 NOISE = 0.1
 """Standard deviation of a fresh token's noise, in that of the embedding it starts from."""
@@ -115,12 +115,12 @@ def load_learned(path: Path, name: str | None = None) -> LearnedTokens:
     `name` says what prompts call them where the file does not. Raises BaseModelError when it is
     damaged, of another kind, or without a name.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            name = (file.metadata() or {}).get("token", name)
-    except (OSError, SafetensorError) as error:
-        raise BaseModelError(f"{path} is not a readable safetensors file", str(error)) from error
+    return learned_of(read_tensors(path), str(path), name)
+
+
+def learned_of(file: TensorFile, source: str, name: str | None = None) -> LearnedTokens:
+    """As `load_learned`, of a file in memory; `source` is what errors call it."""
+    state, name = file.tensors, file.said.get("token", name)
     parts = {key: part for part, key in _KEYS.items()}
     if state and state.keys() <= parts.keys():
         vectors = {parts[key]: tensor for key, tensor in state.items()}
@@ -128,9 +128,9 @@ def load_learned(path: Path, name: str | None = None) -> LearnedTokens:
         key, tensor = next(iter(state.items()))
         name, vectors = key, {"text_encoder": tensor}
     else:
-        raise BaseModelError(f"{path} holds no learned tokens", ", ".join(sorted(state)[:5]))
+        raise BaseModelError(f"{source} holds no learned tokens", ", ".join(sorted(state)[:5]))
     if name is None:
-        raise BaseModelError(f"{path} does not name its tokens", "no `token` in its metadata")
+        raise BaseModelError(f"{source} does not name its tokens", "no `token` in its metadata")
     return LearnedTokens(name, {p: v.float().reshape(-1, v.shape[-1]) for p, v in vectors.items()})
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from raybooth.config.adapter import Targets, matches_target
 from raybooth.errors import BaseModelError, InputError
 from raybooth.model.targets import PRESETS as PRESETS
 from raybooth.model.targets import TEXT_PRESETS
+from raybooth.model.tensor_file import read_tensors
 
 DENOISER = "unet"
 """The part of a base that every adapter moves; the others are its text encoders' folders."""
@@ -202,12 +202,7 @@ def save_adapter(path: Path, tensors: AdapterTensors, scale: float) -> None:
 
 def load_adapter(path: Path) -> AdapterTensors:
     """The pairs of a safetensors file, scale 1; BaseModelError when it is damaged or foreign."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BaseModelError(f"{path} is not a readable safetensors file", str(error)) from error
-    return from_diffusers_keys(state)
+    return from_diffusers_keys(read_tensors(path).tensors)
 
 
 def _find(names: Mapping[str, nn.Module], patterns: Iterable[str], part: str) -> list[Site]:
