@@ -21,6 +21,10 @@ class CheckpointConfig(Strict):
 
     every_steps: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    preview: bool | None = None
+    """Publish each checkpoint's adapter as `subject@preview` until the job ends. None: yes for
+    adapters (a third of the checkpoint's bytes once more, written beside training); a full
+    fine-tune has no previews."""
 
 
 class SamplesConfig(Strict):
@@ -115,6 +119,8 @@ class TrainConfig(Strict):
                 "prior.kind: base_prediction needs method: lora: full training changes the base "
                 "that would be the teacher; use images"
             )
+        if self.checkpoint.preview:
+            raise ValueError("checkpoint.preview needs method: lora; remove it")
         if self.validation.enabled:
             raise ValueError("validation needs method: lora; remove it")
         if self.precision == "fp16":
@@ -142,6 +148,11 @@ class TrainConfig(Strict):
         for prompt in self.samples.prompts:
             check_template("samples.prompts", prompt)
         return self
+
+    @property
+    def previews(self) -> bool:
+        """Whether the store gets the newest checkpoint while the job runs."""
+        return self.method == "lora" and self.checkpoint.preview is not False
 
     @property
     def num_rows(self) -> int:

@@ -76,6 +76,8 @@ class JobLedger:
                 self._queue.move(
                     event.job_id, event.state, owner=self._owner, error=event.error, pack=pack
                 )
+                if event.state not in ACTIVE:
+                    self._store.drop_preview(job.subject_id, event.job_id)
         self._progress.apply(event)
         return True
 

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     from raybooth.data.prior import PriorTensors
     from raybooth.model.bank import Bank
     from raybooth.model.base import Base
+    from raybooth.model.learned import LearnedTokens
+    from raybooth.model.lora import AdapterTensors
     from raybooth.model.text_adapter import TextAdapter
     from raybooth.subject import Subject
+    from raybooth.training.checkpoint import SlotState
     from raybooth.training.job import SlotJob
     from raybooth.training.pack import Pack
     from raybooth.training.validation import Validation
@@ -65,14 +68,46 @@ def publish_adapter(
     adapter = pack.adapter(job.job_id)
     start = time.perf_counter()
     text = pack.text_adapter(job.job_id)
-    learned = text.learned[0] if text is not None and text.learned else None
+    learned = pack.learned(job.job_id)
     images = draw_samples(base, subject, pack.bank, pack.slot(job.job_id), text)
     sheet = contact_sheet(images, subject.sample_prompts) if images else None
     sampled_s = round(time.perf_counter() - start, 3)
-    state = pack.state(job.job_id)
     watched = validation.record(job.job_id) if validation is not None else None
-    held_out = watched.held_out if watched is not None else ()
-    record = AdapterRecord(
+    record = adapter_record(
+        base,
+        subject,
+        job,
+        pack.state(job.job_id),
+        adapter,
+        learned,
+        held_out=watched.held_out if watched is not None else (),
+        revision=revision,
+        seconds={**seconds, "samples": sampled_s},
+    ).model_copy(update={"validation": watched})
+    with tempfile.TemporaryDirectory(prefix="raybooth-") as name:
+        files = adapter_files(Path(name), adapter, learned, subject.train.adapter.scale)
+        if sheet is not None:
+            files[SAMPLES] = Path(name) / SAMPLES
+            sheet.save(files[SAMPLES])
+        if validation is not None:
+            files |= validation.pictures(job.job_id)
+        return store.publish(record, files)
+
+
+def adapter_record(
+    base: Base,
+    subject: Subject,
+    job: SlotJob,
+    state: SlotState,
+    adapter: AdapterTensors,
+    learned: LearnedTokens | None,
+    *,
+    held_out: Sequence[str],
+    revision: str | None,
+    seconds: Mapping[str, float],
+) -> AdapterRecord:
+    """What is to be said of the job's adapter at `state`; `held_out` are digests of photos."""
+    return AdapterRecord(
         subject_id=subject.subject_id,
         job_id=job.job_id,
         class_noun=subject.class_noun,
@@ -96,23 +131,21 @@ def publish_adapter(
         prior=prior_record(job.tensors.prior, subject, base),
         loss_curve=thinned(state.curve_T3[:, 0].tolist()),
         num_train_steps=state.train_step,
-        validation=watched,
-        seconds={**seconds, "samples": sampled_s},
+        seconds=dict(seconds),
         versions=versions(),
     )
-    with tempfile.TemporaryDirectory(prefix="raybooth-") as name:
-        weights, samples = Path(name) / WEIGHTS, Path(name) / SAMPLES
-        save_adapter(weights, adapter, subject.train.adapter.scale)
-        files = {WEIGHTS: weights}
-        if learned is not None:
-            files[LEARNED] = Path(name) / LEARNED
-            save_learned(files[LEARNED], learned)
-        if sheet is not None:
-            sheet.save(samples)
-            files[SAMPLES] = samples
-        if validation is not None:
-            files |= validation.pictures(job.job_id)
-        return store.publish(record, files)
+
+
+def adapter_files(
+    folder: Path, adapter: AdapterTensors, learned: LearnedTokens | None, scale: float
+) -> dict[str, Path]:
+    """The adapter's files, written to `folder`, `scale` folded in; by their published names."""
+    files = {WEIGHTS: folder / WEIGHTS}
+    save_adapter(files[WEIGHTS], adapter, scale)
+    if learned is not None:
+        files[LEARNED] = folder / LEARNED
+        save_learned(files[LEARNED], learned)
+    return files
 
 
 def draw_samples(

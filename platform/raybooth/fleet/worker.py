@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from raybooth.errors import BaseModelError, RayBoothError
+from raybooth.errors import BaseModelError, RayBoothError, StoreError
 from raybooth.fleet.events import NoteEvent, PackEvent
 from raybooth.fleet.planner import halves
 from raybooth.fleet.reporter import Reporter
@@ -18,6 +18,7 @@ from raybooth.store import Store
 
 if TYPE_CHECKING:
     from raybooth.data.encode import SubjectTensors
+    from raybooth.fleet.previewing import Previews
     from raybooth.model.base import Base
     from raybooth.training.job import SlotJob, SlotReport
     from raybooth.training.pack import Pack
@@ -169,34 +170,51 @@ class PackWorker:
                 self._fail(job_id, told)
             return
         sizes = " + ".join(str(len(part)) for part in parts)
-        self._reporter.send(NoteEvent(f"{self._task.pack_id}: {told}; going on as {sizes}"))
+        self._note(f"{self._task.pack_id}: {told}; going on as {sizes}")
         for part in parts:
             self._train_or_split(base, [left[job_id] for job_id in part], may_split=False)
 
     def _train(self, base: Base, jobs: Sequence[SlotJob]) -> None:
+        from raybooth.fleet.previewing import Previews
         from raybooth.fleet.validation import watch
         from raybooth.training.loop import train_pack
 
         root = self._task.folders.checkpoints
         subjects = {job_id: member.subject for job_id, member in self._members.items()}
         validation = watch(base, subjects, jobs, self._held_out, root)
-        self._train_started = time.perf_counter()
-        report = train_pack(
-            base,
-            jobs,
-            checkpoint_root=root,
-            on_report=self._on_report,
-            should_stop=self._reporter.should_stop,
-            on_finished=lambda job, pack: self._publish(base, job, pack, validation),
-            cancelled=self._reporter.cancelled,
-            validation=validation,
+        previews = Previews(
+            base, subjects, self._held_out, self._store, self._task.revision, self._note
         )
-        for note in report.notes:
-            self._reporter.send(NoteEvent(note))
 
-    def _on_report(self, reports: Sequence[SlotReport]) -> None:
+        def publish(job: SlotJob, pack: Pack) -> None:
+            previews.settle(job.job_id)
+            self._publish(base, job, pack, validation)
+
+        self._train_started = time.perf_counter()
+        try:
+            report = train_pack(
+                base,
+                jobs,
+                checkpoint_root=root,
+                on_report=lambda reports: self._on_report(reports, previews),
+                should_stop=self._reporter.should_stop,
+                on_finished=publish,
+                cancelled=self._reporter.cancelled,
+                validation=validation,
+                on_checkpoint=previews.take,
+            )
+        finally:
+            previews.close()
+        for note in report.notes:
+            self._note(note)
+
+    def _note(self, text: str) -> None:
+        self._reporter.send(NoteEvent(text))
+
+    def _on_report(self, reports: Sequence[SlotReport], previews: Previews) -> None:
         for report in reports:
             if report.status == "failed":
+                previews.settle(report.job_id)
                 self._failed.append(report.job_id)
                 reason = f"training failed: {report.error}"
                 self._reporter.state(
@@ -234,6 +252,10 @@ class PackWorker:
         """Says so, and removes what only an unfinished job needs."""
         self._published.append(job_id)
         shutil.rmtree(self._task.folders.checkpoints / job_id, ignore_errors=True)
+        try:
+            self._store.drop_preview(self._members[job_id].subject.subject_id)
+        except StoreError as error:
+            self._note(f"a preview stays: {error}")
         steps = self._members[job_id].subject.train.num_train_steps
         self._reporter.state(job_id, "published", reference=reference, train_step=steps)
 

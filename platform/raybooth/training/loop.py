@@ -54,15 +54,16 @@ def train_pack(
     on_finished: Callable[[SlotJob, Pack], None] = lambda job, pack: None,
     cancelled: Callable[[], Collection[str]] = tuple,
     validation: Validation | None = None,
+    on_checkpoint: Callable[[SlotJob, Pack, SlotState], None] = lambda job, pack, state: None,
 ) -> PackReport:
     """Train `jobs` together to their ends, going on from checkpoint_root/<job_id>.
 
     `on_report` gets every train step's reports; `should_stop` is asked between train steps (all
     states are written, then the call returns); `cancelled` names jobs to take out now;
     `on_finished` gets each job once its last state is on disk, again if the process died since.
-    `validation` watches its jobs and may end them early. A job whose state cannot be written
-    fails alone. Raises CheckpointError when a state cannot
-    be read.
+    `validation` watches its jobs and may end them early. `on_checkpoint` gets each job that goes
+    on with the state that is being written, its slot as it was then. A job whose state cannot be
+    written fails alone. Raises CheckpointError when a state cannot be read.
 
     Jobs that began together with one checkpoint rhythm, and keep two, end bit for bit as if
     nothing had been when their pack is killed at any moment and trained again: slots go on from
@@ -74,9 +75,9 @@ def train_pack(
     pack = Pack(base, jobs, states=states)
     try:
         fresh = {job.job_id for job in jobs} - states.keys()
-        return _Loop(base, jobs, pack, checkpoint_root, tuple(notes), fresh, validation).run(
-            on_report, should_stop, on_finished, cancelled
-        )
+        return _Loop(
+            base, jobs, pack, checkpoint_root, tuple(notes), fresh, validation, on_checkpoint
+        ).run(on_report, should_stop, on_finished, cancelled)
     finally:
         pack.close()
 
@@ -107,9 +108,10 @@ class _Loop:
         notes: tuple[str, ...],
         fresh: Collection[str],
         validation: Validation | None,
+        on_checkpoint: Callable[[SlotJob, Pack, SlotState], None],
     ) -> None:
         self._pack, self._root, self._notes, self._fresh = pack, root, notes, fresh
-        self._validation = validation
+        self._validation, self._on_checkpoint = validation, on_checkpoint
         self._jobs = {job.job_id: job for job in jobs}
         self._fields = {job.job_id: job_fields(base, job) for job in jobs}
         self._failed: dict[str, str] = {}
@@ -196,6 +198,8 @@ class _Loop:
         keep = self._jobs[job_id].train.checkpoint.keep
         state = self._pack.state(job_id)
         writer.save(self._root / job_id, state, self._fields[job_id], keep)
+        if state.train_step and self._pack.status(job_id) == "running":
+            self._on_checkpoint(self._jobs[job_id], self._pack, state)
 
     def _report(self) -> PackReport:
         by_status = {job_id: self._pack.status(job_id) for job_id in self._jobs}

@@ -101,18 +101,22 @@ class Pack:
 
         Its LoRA has the adapter's scale folded in, as a published one has.
         """
-        entry = self._slots[job_id]
-        adapter = entry.job.train.adapter
+        adapter = self._slots[job_id].job.train.adapter
         if not adapter.trains_text:
             return None
-        tokens = self.bank.read_tokens(entry.slot)
-        name = learned_identifier(entry.job.subject_id)
         tensors = {
             key: LoraPair(pair.down, pair.up * adapter.scale)
             for key, pair in self.adapter(job_id).items()
         }
-        learned = [LearnedTokens(name, tokens)] if tokens else []
-        return TextAdapter(self._base, tensors, *learned)
+        learned = self.learned(job_id)
+        return TextAdapter(self._base, tensors, *([] if learned is None else [learned]))
+
+    def learned(self, job_id: str) -> LearnedTokens | None:
+        """The job's learned tokens as they are now, copied; None where it learns none."""
+        entry = self._slots[job_id]
+        vectors = self.bank.read_tokens(entry.slot)
+        name = learned_identifier(entry.job.subject_id)
+        return LearnedTokens(name, vectors) if vectors else None
 
     def state(self, job_id: str) -> SlotState:
         """All that the job's next train step depends on, copied to the CPU."""
