@@ -48,6 +48,11 @@ def preview_label(train_step: int, job_id: str, files: Mapping[str, FileRecord])
     return f"{PREVIEW}-{train_step}-{content[:8]}"
 
 
+def has_preview(folder: Path) -> bool:
+    """Whether the subject in `folder` has a preview, readable or not."""
+    return (folder / POINTER).is_file()
+
+
 def newest_preview(folder: Path) -> PreviewPointer | None:
     """The preview of the subject in `folder`; StoreError when its pointer is damaged."""
     path = folder / POINTER

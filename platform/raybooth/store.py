@@ -25,6 +25,7 @@ from raybooth.atomic import locked, sync_files, sync_folder
 from raybooth.errors import InputError, NotPublishedError, StoreError
 from raybooth.previews import (
     PREVIEW,
+    has_preview,
     is_preview,
     newest_preview,
     preview_label,
@@ -125,7 +126,7 @@ class Store:
 
     def previewed(self) -> list[str]:
         """Ids with a preview, sorted; some of them may have no published version."""
-        return [name for name in self._names() if newest_preview(self.root / name) is not None]
+        return [name for name in self._names() if has_preview(self.root / name)]
 
     def resolve(self, reference: str) -> tuple[str, int]:
         """(subject, version) of `subject`, `subject@3`, `subject@latest` or `subject@<alias>`.
@@ -200,7 +201,7 @@ class Store:
             went = [f"{subject_id}@{version}" for version in versions]
             if not label and (pointer := newest_preview(self.root / subject_id)) is not None:
                 went.append(f"{subject_id}@{pointer.label}")
-            elif self._numbers(subject_id) or newest_preview(self.root / subject_id) is not None:
+            elif self._numbers(subject_id) or has_preview(self.root / subject_id):
                 return went
             shutil.rmtree(self.root / subject_id)
             return went
@@ -308,6 +309,8 @@ class Store:
             raise self._unknown(subject_id)
         if label == PREVIEW:
             pointer = newest_preview(self._home(subject_id))
+            if pointer is None and not self._numbers(subject_id):
+                raise self._unknown(subject_id)
             label = pointer.label if pointer is not None else ""
         if not label or not (self._home(subject_id) / label).is_dir():
             do = "a preview is there while a job trains the subject; see `raybooth models`"
@@ -336,7 +339,7 @@ class Store:
     def _unknown(self, subject_id: str) -> NotPublishedError:
         near = difflib.get_close_matches(subject_id, self.subjects(), n=5, cutoff=0.5)
         do = f"did you mean {', '.join(near)}?" if near else "see `raybooth models`"
-        if _NAME.fullmatch(subject_id) and newest_preview(self._home(subject_id)) is not None:
+        if _NAME.fullmatch(subject_id) and has_preview(self._home(subject_id)):
             do = f"its job still trains: {subject_id}@{PREVIEW} is there"
         return NotPublishedError(f"no subject {subject_id!r} is published", "", do)
 
