@@ -92,6 +92,7 @@ class Engine:
         A caller that goes away takes its images out of the batch at the next denoise step.
         """
         self.check_health()
+        arrived = time.monotonic()
         self._admit(len(order.samples))
         images: list[Flight] = []
         try:
@@ -103,7 +104,7 @@ class Engine:
                 raise
             finally:
                 self._num_preparing -= len(order.samples)
-            images = [self._enqueue(order, index, adapter, row) for index, row in enumerate(rows)]
+            images = [self._enqueue(order, i, adapter, row, arrived) for i, row in enumerate(rows)]
             self._start_loop()
             return list(await asyncio.gather(*(image.done for image in images)))
         finally:
@@ -130,14 +131,22 @@ class Engine:
         """The counters now."""
         self.metrics.images_waiting = len(self._waiting) + self._num_preparing
         self.metrics.images_running = len(self._running)
+        self.metrics.backlog_s = self.backlog_s()
         return self.metrics.snapshot()
 
-    def retry_after_s(self) -> int:
-        """Seconds until the backlog of denoise steps is done, by the mean step so far."""
+    def backlog_s(self) -> float:
+        """Seconds until all that waits and runs is denoised, by the mean step so far."""
         images = [*self._waiting.values(), *self._running.values()]
         steps = sum(image.num_steps_left for image in images) / max(self.config.row_buckets)
-        seconds = steps * self.metrics.step_seconds / max(1, self.metrics.denoise_steps)
-        return max(1, min(120, math.ceil(seconds)))
+        return steps * self.metrics.step_seconds / max(1, self.metrics.denoise_steps)
+
+    def fullness(self) -> float:
+        """Rows in use over those of the largest bucket."""
+        return len(self._running) / max(self.config.row_buckets)
+
+    def retry_after_s(self) -> int:
+        """When a refused caller may come again: once the backlog is done, within two minutes."""
+        return max(1, min(120, math.ceil(self.backlog_s())))
 
     # Admission and preparation
 
@@ -170,10 +179,12 @@ class Engine:
             rows.append(start_row(self.base, request, cond=cond, uncond=uncond))
         return adapter, rows
 
-    def _enqueue(self, order: Order, index: int, adapter: HostAdapter | None, row: Row) -> Flight:
+    def _enqueue(
+        self, order: Order, index: int, adapter: HostAdapter | None, row: Row, arrived: float
+    ) -> Flight:
         done: asyncio.Future[GeneratedImage] = asyncio.get_running_loop().create_future()
         key = next(self._keys)
-        image = Flight(key, order, index, row, adapter, done, time.monotonic())
+        image = Flight(key, order, index, row, adapter, done, arrived, time.monotonic())
         self._waiting[key] = image
         return image
 
@@ -227,6 +238,9 @@ class Engine:
         self.metrics.record_step(self._report(step, images, time.perf_counter() - started))
         for image in images:
             image.stepped(step.bucket)
+            if image.row.index == 1:
+                self.metrics.first_steps += 1
+                self.metrics.first_step_seconds += time.monotonic() - image.arrived
             if image.row.done:
                 self._leave(image.key)
                 task = asyncio.create_task(self._finish_image(image))
@@ -316,6 +330,8 @@ class Engine:
             seconds=seconds,
             num_waiting=len(self._waiting),
             num_running=len(self._running),
+            num_images=sum(1 / image.row.plan.num_steps for image in images),
+            size="x".join(str(side * self.base.vae_scale_factor) for side in reversed(step.size)),
         )
 
     async def _on(self, executor: ThreadPoolExecutor, act: Callable[[], Result]) -> Result:

@@ -16,6 +16,23 @@ class QueueFullError(ServingError):
         self.retry_after_s = retry_after_s
 
 
+class NoReplicaError(ServingError):
+    """No engine can take a request now; `retry_after_s` is when one may be back."""
+
+    code = "no_replica"
+
+    def __init__(self, what: str, found: str, do: str, retry_after_s: int) -> None:
+        Exception.__init__(self, what, found, do, retry_after_s)
+        self.what, self.found, self.do = what, found, do
+        self.retry_after_s = retry_after_s
+
+
+class ReplicaDiedError(NoReplicaError):
+    """The replica that worked on a request is gone, and its images with it."""
+
+    code = "replica_died"
+
+
 class DeadlineError(ServingError):
     """A request took longer than the endpoint allows."""
 

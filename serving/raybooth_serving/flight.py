@@ -21,8 +21,9 @@ class Flight:
     row: Row
     adapter: HostAdapter | None
     done: asyncio.Future[GeneratedImage]
+    arrived: float
     since: float
-    """time.monotonic() when it began to wait."""
+    """time.monotonic() when its order came, and when it began to wait."""
 
     trace: list[tuple[int, int]] = field(default_factory=list)
     """(bucket, denoise steps in it)."""

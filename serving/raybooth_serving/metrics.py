@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 
@@ -16,6 +17,11 @@ class StepReport:
     seconds: float
     num_waiting: int
     num_running: int
+    num_images: float = 0.0
+    """What the step did of whole images: of each row, one over its number of denoise steps."""
+
+    size: str = ""
+    """Of the images in pixels, `WIDTHxHEIGHT`."""
 
 
 @dataclass(slots=True)
@@ -38,6 +44,16 @@ class EngineMetrics:
     step_seconds: float = 0.0
     queue_wait_seconds: float = 0.0
     images_joined: int = 0
+    first_step_seconds: float = 0.0
+    """From the arrival of an order to the end of an image's first denoise step, over all images."""
+
+    first_steps: int = 0
+    images_denoised: float = 0.0
+    """Whole images by their denoise steps: also those that are not finished yet count in part."""
+
+    backlog_s: float = 0.0
+    """Seconds until all that waits and runs would be done."""
+
     slot_hits: int = 0
     slot_loads: int = 0
     slot_evictions: int = 0
@@ -54,6 +70,7 @@ class EngineMetrics:
         self.bucket_rows += report.bucket
         self.mixed_steps += report.num_subjects > 1
         self.step_seconds += report.seconds
+        self.images_denoised += report.num_images
         for observe in self.observers:
             observe(report)
 
@@ -62,14 +79,29 @@ class EngineMetrics:
         counted = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name != "observers"
         }
-        return {
-            **counted,
-            "rows_per_step": _ratio(self.denoised_rows, self.denoise_steps),
-            "occupancy": _ratio(self.denoised_rows, self.bucket_rows),
-            "mean_step_seconds": _ratio(self.step_seconds, self.denoise_steps),
-            "mean_queue_wait_seconds": _ratio(self.queue_wait_seconds, self.images_joined),
-        }
+        return {**counted, **_ratios(counted)}
 
 
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else 0.0
+def merge(snapshots: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Snapshots of several engines as one: counters added up, ratios of the sums."""
+    total: Counter[str] = Counter()
+    for snapshot in snapshots:
+        total.update(snapshot)
+    return {**EngineMetrics().snapshot(), **total, **_ratios(total), "replicas": len(snapshots)}
+
+
+def _ratios(counted: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: counted[above] / counted[below] if counted[below] else 0.0
+        for name, (above, below) in RATIOS.items()
+    }
+
+
+RATIOS = {
+    "rows_per_step": ("denoised_rows", "denoise_steps"),
+    "occupancy": ("denoised_rows", "bucket_rows"),
+    "mean_step_seconds": ("step_seconds", "denoise_steps"),
+    "mean_queue_wait_seconds": ("queue_wait_seconds", "images_joined"),
+    "mean_first_step_seconds": ("first_step_seconds", "first_steps"),
+}
+"""What people ask for: one counter over another."""
