@@ -18,11 +18,12 @@ from raybooth.errors import (
     StoreError,
 )
 from raybooth_serving.api import ErrorDetail, ErrorResponse, ParameterError
-from raybooth_serving.errors import DeadlineError, QueueFullError, TooLargeError
+from raybooth_serving.errors import AuthError, DeadlineError, QueueFullError, TooLargeError
 
 logger = logging.getLogger(__name__)
 
 STATUS: tuple[tuple[type[RayBoothError], int], ...] = (
+    (AuthError, 401),
     (NotPublishedError, 404),
     (BaseModelError, 400),
     (TooLargeError, 413),
@@ -57,6 +58,8 @@ def answer(error: RayBoothError) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(error.retry_after_s)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if status in (500, 504):
         headers["x-should-retry"] = "false"  # the work would be done, and fail, three times
     return JSONResponse(describe(error).model_dump(), status, headers)

@@ -35,6 +35,7 @@ from raybooth.errors import ClusterError, RayBoothError, ServingError
 from raybooth.home import home
 from raybooth.store import Store
 from raybooth_serving.api import ImagesRequest, ImagesResponse, ModelList
+from raybooth_serving.auth import open_keyring
 from raybooth_serving.caller import Caller
 from raybooth_serving.errors import QueueFullError
 from raybooth_serving.metrics import StepReport
@@ -75,9 +76,9 @@ class EngineReplica:
             async for event in events:
                 yield event
 
-    async def models(self, with_versions: bool) -> ModelList:
+    async def models(self, with_versions: bool, caller: Caller) -> ModelList:
         """See Service."""
-        return await self.service.models(with_versions)
+        return await self.service.models(with_versions, caller)
 
     async def metrics(self) -> dict[str, float]:
         """Counters of this replica."""
@@ -91,12 +92,14 @@ class EngineReplica:
 class Gateway:
     """The HTTP routes; holds no weights."""
 
-    def __init__(self, engine: DeploymentHandle[Any], config: Mapping[str, Any]) -> None:
+    def __init__(self, engine: DeploymentHandle[Any], config: Mapping[str, Any], root: str) -> None:
         self.config = parse_config(ServeConfig, config, "the gateway's config")
         self.backend = _Replicas(engine)
+        host = _client().http_config.host  # where the proxies listen, whatever the config says
+        self.keyring = open_keyring(self.config.auth, host, Path(root))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self.backend, self.config.limits)
+        return make_app(self.backend, self.config.limits, self.keyring, self.config.auth)
 
 
 class _Replicas:
@@ -125,8 +128,8 @@ class _Replicas:
         finally:
             events.cancel()  # nothing if it has ended
 
-    async def models(self, with_versions: bool) -> ModelList:
-        listed: ModelList = await _result(self.engine.models.remote(with_versions))
+    async def models(self, with_versions: bool, caller: Caller) -> ModelList:
+        listed: ModelList = await _result(self.engine.models.remote(with_versions, caller))
         return listed
 
     async def metrics(self) -> dict[str, float]:
@@ -217,7 +220,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=config.limits.max_requests,
         max_queued_requests=config.limits.max_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-    ).bind(engine, plain)
+    ).bind(engine, plain, str(root))
 
 
 @contextmanager

@@ -12,5 +12,11 @@ class Caller:
     tenant: str = ""
     """The id of the API key; fair queueing counts by it. Empty: keys are off."""
 
+    key_name: str = ""
+    """What people call that key; the prompt policy is told."""
+
+    subjects: tuple[str, ...] = ("*",)
+    """Globs of the subject ids that the key may see; to it, others are not there."""
+
     deadline_s: float | None = None
     """Seconds from its arrival that the answer is worth something; None: what the limits say."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 
 from raybooth.errors import BaseModelError, NotPublishedError, StoreError
+from raybooth.previews import PREVIEW
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import ModelCard
 
@@ -20,6 +22,11 @@ class Catalog:
         self.store = store
         self.base_name = base_name
         self.base_fingerprint = base_fingerprint
+
+    def seen_by(self, subjects: Sequence[str]) -> Catalog:
+        """This catalog to one who may see the globs `subjects`; others are not there."""
+        store = Store(self.store.root, subjects)
+        return Catalog(store, self.base_name, self.base_fingerprint)
 
     def resolve(self, model: str) -> AdapterRecord | None:
         """The record that `model` means, or None for the plain base.
@@ -50,7 +57,7 @@ class Catalog:
         return record
 
     def cards(self, *, with_versions: bool = False) -> list[ModelCard]:
-        """The base, then every adapter of this base (each version as well if asked)."""
+        """The base, then every adapter of this base (if asked, its versions and previews too)."""
         cards = [ModelCard(id=self.base_name, created=0, owned_by="base")]
         for subject_id in self.store.subjects():
             record = self._readable(subject_id)
@@ -61,6 +68,10 @@ class Catalog:
                     record = self._readable(f"{subject_id}@{version}")
                     if record is not None:
                         cards.append(_card(record.reference, record))
+        for subject_id in self.store.previewed() if with_versions else ():
+            record = self._readable(f"{subject_id}@{PREVIEW}")
+            if record is not None:
+                cards.append(_card(f"{subject_id}@{PREVIEW}", record))
         return cards
 
     def count_subjects(self) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from raybooth import __version__
-from raybooth.config import LimitsConfig
-from raybooth.errors import NotPublishedError, RayBoothError
+from raybooth.config import AuthConfig, LimitsConfig
+from raybooth.errors import NotPublishedError, RayBoothError, ServingError
 from raybooth_serving.answers import (
     describe,
     on_any_error,
@@ -28,9 +30,13 @@ from raybooth_serving.api import (
     ModelCard,
     ModelList,
 )
+from raybooth_serving.auth import Gate, guest_of
 from raybooth_serving.body import BodyLimit
 from raybooth_serving.caller import Caller
+from raybooth_serving.keys import Keyring
 from raybooth_serving.streams import DONE, StreamEvent, sse, sse_error
+
+logger = logging.getLogger(__name__)
 
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy may hold events back."""
@@ -45,15 +51,20 @@ class Backend(Protocol):
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]: ...
 
-    async def models(self, with_versions: bool) -> ModelList: ...
+    async def models(self, with_versions: bool, caller: Caller) -> ModelList: ...
 
     async def metrics(self) -> dict[str, float]: ...
 
     async def check_health(self) -> None: ...
 
 
-def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
-    """The FastAPI application over `backend`."""
+def make_app(
+    backend: Backend,
+    limits: LimitsConfig,
+    keyring: Keyring | None = None,
+    auth: AuthConfig | None = None,
+) -> FastAPI:
+    """The FastAPI application over `backend`, behind the gate (see auth.py)."""
     failures: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in ("4XX", "5XX")
     }
@@ -62,6 +73,7 @@ def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        dependencies=None if keyring is None else [Security(HTTPBearer(auto_error=False))],
         responses=failures,
         exception_handlers={
             RayBoothError: on_raybooth_error,
@@ -71,23 +83,26 @@ def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
         },
     )
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    app.add_middleware(Gate, keyring=keyring, config=auth or AuthConfig())  # last is outermost
 
     @app.post(
         "/v1/images/generations", response_model=ImagesResponse, response_model_exclude_none=True
     )
-    async def generate(body: ImagesRequest) -> ImagesResponse | StreamingResponse:
-        caller = Caller()
-        if body.stream:
-            return await _streamed(backend.stream(body, caller))
-        return await backend.generate(body, caller)
+    async def generate(body: ImagesRequest, request: Request) -> ImagesResponse | StreamingResponse:
+        guest = guest_of(request)
+        caller = guest.caller()
+        with guest.spending(body.n):
+            if body.stream:
+                return await _streamed(backend.stream(body, caller))
+            return await backend.generate(body, caller)
 
     @app.get("/v1/models")
-    async def models(versions: bool = False) -> ModelList:
-        return await backend.models(versions)
+    async def models(request: Request, versions: bool = False) -> ModelList:
+        return await backend.models(versions, guest_of(request).caller())
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> ModelCard:
-        listed = await backend.models(True)
+    async def model(model: str, request: Request) -> ModelCard:
+        listed = await backend.models(True, guest_of(request).caller())
         for card in listed.data:
             if card.id == model:
                 return card
@@ -95,7 +110,11 @@ def make_app(backend: Backend, limits: LimitsConfig) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
-        await backend.check_health()
+        try:
+            await backend.check_health()
+        except RayBoothError as error:
+            logger.error("not healthy: %s", error)  # strangers may ask, and are not told why
+            raise ServingError("this endpoint is not well", "", "its log says why") from error
         return {"status": "ok"}
 
     @app.get("/metrics.json")

@@ -64,7 +64,7 @@ class Service:
 
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
-        record, samples = await self._resolve(request)
+        record, samples = await self._resolve(request, caller)
         images = await self._draw(record, samples, caller)
         return ImagesResponse(
             created=int(time.time()),
@@ -77,7 +77,7 @@ class Service:
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of `request`, the last of each image its completed one."""
-        record, samples = await self._resolve(request)
+        record, samples = await self._resolve(request, caller)
         events = Events()
 
         async def work() -> None:
@@ -88,9 +88,10 @@ class Service:
             async for event in stream:
                 yield event
 
-    async def models(self, with_versions: bool) -> ModelList:
-        """What can be asked for now."""
-        cards = await asyncio.to_thread(self.catalog.cards, with_versions=with_versions)
+    async def models(self, with_versions: bool, caller: Caller) -> ModelList:
+        """What `caller` can ask for now."""
+        catalog = self.catalog.seen_by(caller.subjects)
+        cards = await asyncio.to_thread(catalog.cards, with_versions=with_versions)
         return ModelList(data=cards)
 
     async def metrics(self) -> dict[str, float]:
@@ -102,10 +103,11 @@ class Service:
         self.engine.check_health()
 
     async def _resolve(
-        self, request: ImagesRequest
+        self, request: ImagesRequest, caller: Caller
     ) -> tuple[AdapterRecord | None, list[SampleRequest]]:
         check_limits(request, self.config.limits)
-        record = await asyncio.to_thread(self.catalog.resolve, request.model)
+        catalog = self.catalog.seen_by(caller.subjects)
+        record = await asyncio.to_thread(catalog.resolve, request.model)
         return record, self._samples(request, record)
 
     async def _draw(
