@@ -60,9 +60,15 @@ class Engine:
             base,
             max_rank=config.max_rank,
             max_adapters=config.max_host_adapters,
+            max_bytes=config.max_host_bytes,
             metrics=self.metrics,
         )
-        self.prompts = PromptCache(base, config.max_prompt_cache, self.metrics)
+        self.prompts = PromptCache(
+            base,
+            max_prompts=config.max_prompt_cache,
+            max_bytes=config.max_prompt_bytes,
+            metrics=self.metrics,
+        )
         self.bank = Bank(
             base.denoiser,
             sites=find_sites(base.denoiser, config.targets),
@@ -162,8 +168,8 @@ class Engine:
 
     def _ready(self, order: Order) -> tuple[HostAdapter | None, list[Row]]:
         """The adapter in host memory and each image's row at its first noise."""
-        adapter = self.loader.load(order.parts[0].record) if order.parts else None
-        scale = order.parts[0].scale if order.parts else 1.0
+        adapter = self.loader.load(order.parts) if order.parts else None
+        scale = order.parts[0].scale if len(order.parts) == 1 else 1.0
         zero_snr = any(part.record.zero_terminal_snr for part in order.parts)
         rows = []
         for sample in order.samples:

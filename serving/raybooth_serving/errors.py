@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raybooth.errors import InputError, RequestError, ServingError
+from raybooth.errors import InputError, RequestError, ServingError, StoreError
 
 
 class QueueFullError(ServingError):
@@ -37,6 +37,12 @@ class DeadlineError(ServingError):
     """A request took longer than the endpoint allows."""
 
     code = "timeout"
+
+
+class StoreAwayError(StoreError):
+    """The store cannot be read now, and what was asked for is not in memory."""
+
+    code = "store_away"
 
 
 class TooLargeError(ServingError):

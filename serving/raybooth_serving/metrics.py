@@ -59,8 +59,15 @@ class EngineMetrics:
     slot_evictions: int = 0
     host_hits: int = 0
     host_loads: int = 0
+    host_evictions: int = 0
+    host_adapters: int = 0
+    host_bytes: int = 0
     prompt_hits: int = 0
     prompt_encodes: int = 0
+    prompt_bytes: int = 0
+    store_away_requests: int = 0
+    """Requests that the store could not be asked about."""
+
     observers: list[Callable[[StepReport], None]] = field(default_factory=list)
 
     def record_step(self, report: StepReport) -> None:

@@ -61,7 +61,7 @@ def mug(base: Base, store: Store) -> AdapterRecord:
 
 
 def _loader(base: Base, store: Store) -> Loader:
-    return Loader(store, base, max_rank=4, max_adapters=8, metrics=EngineMetrics())
+    return Loader(store, base, max_rank=4, max_adapters=8, max_bytes=2**30, metrics=EngineMetrics())
 
 
 def test_a_mixed_batch_with_learned_words_is_each_image_alone(
@@ -93,7 +93,7 @@ def _alone(base: Base, store: Store, record: AdapterRecord | None, request: Samp
     sites = find_sites(base.denoiser, "all")
     bank = Bank(base.denoiser, sites=sites, rank=4, num_slots=1, device="cpu")
     if record is not None:
-        adapter = _loader(base, store).load(record)
+        adapter = _loader(base, store).load([Part(record)])
         bank.write(1, adapter.tensors)
         request = replace(request, slot=1, text=adapter.text)
     row = start_row(base, request)
@@ -109,8 +109,9 @@ def test_embeddings_are_kept_by_adapter_and_scale(
     base: Base, store: Store, mug: AdapterRecord
 ) -> None:
     metrics = EngineMetrics()
-    cache, loader = PromptCache(base, 8, metrics), _loader(base, store)
-    learned, plain = loader.load(mug), loader.load(store.fetch("dog-a"))
+    cache = PromptCache(base, max_prompts=8, max_bytes=2**30, metrics=metrics)
+    loader = _loader(base, store)
+    learned, plain = (loader.load([Part(each)]) for each in (mug, store.fetch("dog-a")))
     first = cache.encode(PROMPT, learned)
     assert cache.encode(PROMPT, learned) is first
     assert cache.encode(PROMPT, plain) is cache.encode(PROMPT)
@@ -122,4 +123,4 @@ def test_damaged_tokens_are_refused(base: Base, store: Store, mug: AdapterRecord
     path = store.folder(mug.reference) / LEARNED
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StoreError, match="damaged"):
-        _loader(base, store).load(mug)
+        _loader(base, store).load([Part(mug)])

@@ -26,10 +26,16 @@ class EngineConfig(Strict):
     """Images that may wait; a request beyond them is refused (429)."""
 
     max_prompt_cache: int = Field(4096, ge=1)
-    """Prompt embeddings kept in memory."""
+    """Prompt embeddings kept in host memory."""
+
+    max_prompt_bytes: int = Field(2**30, ge=1)
+    """Host memory for them."""
 
     max_host_adapters: int = Field(1024, ge=1)
     """Adapters kept in host memory, ready to be written to a slot."""
+
+    max_host_bytes: int = Field(4 * 2**30, ge=1)
+    """Host memory for them; those in slots are not counted."""
 
     @model_validator(mode="after")
     def _buckets_ascend(self) -> Self:
