@@ -11,10 +11,12 @@ from typing import Any
 
 from raybooth.config import ServeConfig, ServedBase
 from raybooth.errors import InputError
+from raybooth_serving import keys_command
 
 
 def register(subparsers: Any) -> None:
-    """Add the command."""
+    """Add the commands of serving."""
+    keys_command.register(subparsers)
     parser = subparsers.add_parser("serve", help="serve every published subject over HTTP")
     parser.add_argument("--config", metavar="FILE", help="a file of configs/serve (name or path)")
     parser.add_argument("--host", help="address to listen at (default 127.0.0.1)")
@@ -26,6 +28,7 @@ def register(subparsers: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from raybooth.config import find_config, load_config, parse_config
     from raybooth.home import home
+    from raybooth_serving.auth import open_keyring
 
     given = {"host": arguments.host, "port": arguments.port}
     overrides = {key: value for key, value in given.items() if value is not None}
@@ -38,6 +41,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     root = home()
 
     port = free_port(config.host, config.port)
+    open_keyring(config.auth, config.host, root)  # refuse here what the gateway would refuse
     folders = [_base_folder(served.base, served.revision) for served in config.bases]
     bases = tuple(map(_absolute, config.bases, folders))
     config = config.model_copy(update={"port": port, "bases": bases})
