@@ -65,6 +65,51 @@ class ImportRecord(Strict):
     key_form: KeyForm
 
 
+class OutputLoss(Strict):
+    """How far the denoiser's output is from that of the model it was extracted from."""
+
+    timestep: int
+    of_output: float
+    """|| extract - full || / || full ||"""
+
+    of_move: float
+    """|| extract - full || / || full - base ||: 0 is all of what was learned, 1 none of it."""
+
+
+class ExtractRecord(Strict):
+    """The full fine-tune that an adapter was extracted from, and what was lost on the way.
+
+    Errors are relative Frobenius norms, || W_full - W_base - B A || / || W_full - W_base ||.
+    """
+
+    source: str
+    """`subject@version`."""
+
+    files: dict[str, str]
+    """sha256 of its weights, by file."""
+
+    sites: dict[str, float]
+    """Error of each layer that the adapter moves."""
+
+    sites_error: float
+    """Over all these layers."""
+
+    total_error: float
+    """Over every parameter of the trained parts."""
+
+    outside_energy: float
+    """Share of the squared change that lies outside these layers (norms, biases, others)."""
+
+    outputs: tuple[OutputLoss, ...]
+    """At fixed noise, over the instance and the class prompt."""
+
+    fidelity: dict[str, dict[str, float | None]] | None
+    """Scores of `full` and `extract`, drawn with the same seeds; None where nobody judged."""
+
+    encoders: dict[str, str] = Field(default_factory=dict)
+    """sha256 of those who judged."""
+
+
 class ModelRecord(Strict):
     """What `record.json` says of every published model."""
 
@@ -130,6 +175,9 @@ class AdapterRecord(ModelRecord):
 
     imported: ImportRecord | None = None
     """Where the adapter came from; None when RayBooth trained it."""
+
+    extracted: ExtractRecord | None = None
+    """The full fine-tune that it came from; None where there is none."""
 
 
 class FullRecord(ModelRecord):

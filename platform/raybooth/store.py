@@ -8,11 +8,11 @@ and pydantic only.
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +23,7 @@ from raybooth.aliases import LATEST, Aliases, AliasMove
 from raybooth.aliases import PRODUCTION as PRODUCTION
 from raybooth.atomic import locked, sync_files, sync_folder
 from raybooth.errors import InputError, NotPublishedError, StoreError
+from raybooth.near import near_names
 from raybooth.previews import (
     PREVIEW,
     has_preview,
@@ -39,10 +40,12 @@ from raybooth.records import WEIGHTS as WEIGHTS
 from raybooth.records import AdapterRecord as AdapterRecord
 from raybooth.records import AnyRecord, FileRecord, read_record
 from raybooth.records import BaseRecord as BaseRecord
+from raybooth.records import ExtractRecord as ExtractRecord
 from raybooth.records import FullRecord as FullRecord
 from raybooth.records import ImportRecord as ImportRecord
 from raybooth.records import KeyForm as KeyForm
 from raybooth.records import ModelRecord as ModelRecord
+from raybooth.records import OutputLoss as OutputLoss
 from raybooth.records import PhotoRecord as PhotoRecord
 from raybooth.records import PriorRecord as PriorRecord
 from raybooth.records import Record as Record
@@ -117,6 +120,20 @@ class Store:
         if not numbers:
             raise self._unknown(subject_id)
         return numbers
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """By subject id, what the file system says of its folder: changes with all that is in it.
+
+        (inode, nanoseconds of its last change), without a look inside; raises OSError.
+        """
+        found = {}
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # deleted while this looks
+                    if self._may_be(entry):
+                        status = entry.stat()
+                        found[entry.name] = status.st_ino, status.st_mtime_ns
+        return dict(sorted(found.items()))
 
     def records(self) -> Iterator[Record]:
         """Every published version's record, by subject and version."""
@@ -324,20 +341,26 @@ class Store:
     def _names(self) -> list[str]:
         if not self.root.is_dir():
             return []
-        names = (entry.name for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(n for n in names if _NAME.fullmatch(n) and is_seen(self.seen, n))
+        with os.scandir(self.root) as entries:
+            return sorted(entry.name for entry in entries if self._may_be(entry))
+
+    def _may_be(self, entry: os.DirEntry[str]) -> bool:
+        """Whether an entry of the root can be the folder of a subject that is seen."""
+        is_named = _NAME.fullmatch(entry.name) is not None and is_seen(self.seen, entry.name)
+        return is_named and entry.is_dir()
 
     def _numbers(self, subject_id: str) -> list[int]:
         folder = self._home(subject_id)
         if not folder.is_dir():
             return []
-        return [int(e.name) for e in folder.iterdir() if e.name.isdecimal() and e.is_dir()]
+        with os.scandir(folder) as entries:
+            return [int(e.name) for e in entries if e.name.isdecimal() and e.is_dir()]
 
     def _aliases(self, subject_id: str) -> Aliases:
         return Aliases(self._home(subject_id))
 
     def _unknown(self, subject_id: str) -> NotPublishedError:
-        near = difflib.get_close_matches(subject_id, self.subjects(), n=5, cutoff=0.5)
+        near = [n for n in near_names(subject_id, self._names()) if self._numbers(n)][:5]
         do = f"did you mean {', '.join(near)}?" if near else "see `raybooth models`"
         if _NAME.fullmatch(subject_id) and has_preview(self._home(subject_id)):
             do = f"its job still trains: {subject_id}@{PREVIEW} is there"

@@ -55,19 +55,29 @@ def load_full(base: Base, folder: Path, parts: Iterable[str]) -> None:
     Raises BaseModelError when a file is missing, damaged or of another architecture.
     """
     modules = trained_parts(base, text_encoder=True)
+    for part, state in read_full(base, folder, parts).items():
+        modules[part].load_state_dict(state, strict=True)
+
+
+def read_full(base: Base, folder: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The published weights of `parts` by the names of the base's own modules; raises so too."""
+    modules = trained_parts(base, text_encoder=True)
+    weights = {}
     for part in parts:
         if part not in modules:
             raise BaseModelError(f"the base has no part {part}", ", ".join(modules))
-        own = modules[part].state_dict()
-        state = _read(folder / part_file(part))
-        named = {_named_as(key, own): value for key, value in state.items()}
-        try:
-            modules[part].load_state_dict(named, strict=True)
-        except RuntimeError as error:
-            found = " ".join(str(error).split())[:300]
-            raise BaseModelError(
-                f"{folder / part_file(part)} does not fit the base", found
-            ) from error
+        own, path = modules[part].state_dict(), folder / part_file(part)
+        state = {_named_as(key, own): value for key, value in _read(path).items()}
+        foreign = sorted(
+            key
+            for key in own.keys() | state.keys()
+            if key not in own or key not in state or own[key].shape != state[key].shape
+        )
+        if foreign:
+            found = f"{len(foreign)} tensors, {foreign[0]} first"
+            raise BaseModelError(f"{path} does not fit the base", found)
+        weights[part] = state
+    return weights
 
 
 def write_pipeline(base_folder: Path, weights_folder: Path, out: Path) -> None:
