@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,28 @@ def test_an_unknown_subject_lists_near_names(store: Store, weights: Path) -> Non
         store.fetch("rex@7")
     with pytest.raises(NotPublishedError):
         store.fetch("../rex")
+
+
+def test_stamps_change_with_all_that_is_in_a_subject(store: Store, weights: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.stamps()
+    seen = []
+    store.publish(a_record("max"), {WEIGHTS: weights})
+    for change in (
+        lambda: store.publish(a_record(), {WEIGHTS: weights}),
+        lambda: store.publish(a_record(), {WEIGHTS: weights}),
+        lambda: store.set_alias("rex", "best", 1),
+        lambda: store.publish_preview(a_record(), {WEIGHTS: weights}),
+        lambda: store.delete("rex@2"),
+    ):
+        change()
+        seen.append(store.stamps())
+        time.sleep(0.02)  # a file system's clock ticks a few times in a hundredth of a second
+    assert len({stamps["rex"] for stamps in seen}) == 5
+    assert len({stamps["max"] for stamps in seen}) == 1
+    assert list(Store(store.root, ["m*"]).stamps()) == ["max"]
+    store.delete("rex")
+    assert list(store.stamps()) == ["max"]
 
 
 def test_a_changed_byte_is_found(store: Store, weights: Path) -> None:
