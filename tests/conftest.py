@@ -23,9 +23,18 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is; everything that starts Ray runs last."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """GPU tests run where a GPU is; everything that starts Ray runs last, in one process.
+
+    Of several processes (`pytest -n 2 --dist loadgroup`) one begins with them: they take longest.
+    """
+    is_shared = "PYTEST_XDIST_WORKER" in os.environ
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None) == is_shared)
+    if is_shared:
+        for item in items:
+            if item.get_closest_marker("ray"):
+                item.add_marker(pytest.mark.xdist_group("ray"))
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
