@@ -24,6 +24,7 @@ COMMAND_MODULES = (
     "raybooth.commands.generate",
     "raybooth.commands.export",
     "raybooth.commands.import_",
+    "raybooth.commands.extract",
     "raybooth.commands.evaluate",
     "raybooth.commands.bench",
     "raybooth.commands.prior",

@@ -86,9 +86,12 @@ def extract_request(
     subject_id: str | None = None,
 ) -> ExtractRequest:
     """The request, checked; raises InputError for an adapter or values out of range."""
-    if not isinstance(source, FullRecord):
+    if isinstance(source, AdapterRecord):
+        found = f"rank {source.rank}"
+        if source.extracted is not None:
+            found += f", extracted from {source.extracted.source}"
         do = "name a full fine-tune"
-        raise InputError(f"{source.reference} is an adapter already", f"rank {source.rank}", do)
+        raise InputError(f"{source.reference} is an adapter already", found, do)
     if not 1 <= rank <= MOST_RANK:
         raise InputError("the rank is out of range", str(rank), f"use 1 to {MOST_RANK}")
     if energy is not None and not 0 < energy < 1:

@@ -7,12 +7,15 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raybooth.config import SamplesConfig
 from raybooth.errors import InputError, RequestError
 from raybooth.home import home, store_folder
 from raybooth.store import Record, Store
+
+if TYPE_CHECKING:
+    from raybooth.fleet.evaluation import EvaluationTask
 
 
 def register(subparsers: Any) -> None:
@@ -99,19 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    store = Store(store_folder())
-    record = store.fetch(arguments.reference)
+def task_of(arguments: argparse.Namespace, record: Record) -> EvaluationTask:
+    """What is asked of `record`; raises InputError where there is no prompt or nobody to judge."""
+    from raybooth.evaluation import Sampling
+    from raybooth.fleet.evaluation import EvaluationTask
+
     samples = SamplesConfig.model_validate(record.train.get("samples", {}))
     prompts = samples.prompts[: arguments.prompts]
     if not prompts:
         raise RequestError("there is no prompt to evaluate", record.reference, "use --prompts 1")
-
-    import torch
-
-    from raybooth.evaluation import Sampling
-    from raybooth.fleet.evaluation import EvaluationTask, evaluate
-
     image_encoder, clip = judges_of(arguments, record.base.name)
     folder = arguments.photos
     sampling = Sampling(
@@ -126,7 +125,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         side=record.train.get("resolution"),
         zero_terminal_snr=record.zero_terminal_snr,
     )
-    task = EvaluationTask(
+    return EvaluationTask(
         store=store_folder(),
         record=record,
         photos=tuple(sorted(folder.iterdir()) if folder else _trained_on(record)),
@@ -134,6 +133,16 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         image_encoder=image_encoder,
         clip=clip,
     )
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    record = Store(store_folder()).fetch(arguments.reference)
+    task = task_of(arguments, record)
+
+    import torch
+
+    from raybooth.fleet.evaluation import evaluate
+
     return evaluate(task, "cuda" if torch.cuda.is_available() else "cpu")
 
 
