@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raybooth.config import LimitsConfig, Solver
 from raybooth.errors import RequestError
+from raybooth_serving.receipt import Receipt
 
 MAX_SEED = 2**63 - 1
 
@@ -21,9 +22,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "style": ("vivid",),
     "background": ("auto", "opaque"),
     "moderation": ("auto",),
-    "output_format": ("png",),
-    "output_compression": (100,),
-    "partial_images": (0,),
 }
 """OpenAI's keys that change nothing here, and the values that ask for nothing."""
 
@@ -52,10 +50,16 @@ class ImagesRequest(BaseModel):
     style: str | None = None
     background: str | None = None
     moderation: str | None = None
-    output_format: str | None = None
-    output_compression: int | None = None
-    stream: bool | None = None
-    partial_images: int | None = None
+
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    output_compression: int = Field(100, ge=0, le=100)
+    """Quality of WebP and JPEG."""
+
+    stream: bool = False
+    """Server-sent events: previews, then each image as it is done."""
+
+    partial_images: int = Field(0, ge=0, le=3)
+    """Previews of each image in a stream."""
 
     negative_prompt: str = ""
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
@@ -65,6 +69,9 @@ class ImagesRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     solver: Solver | None = None
     adapter_scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+    deterministic: bool = False
+    """Every denoise step in the smallest bucket that holds the image alone: the same request is the
+    same bytes on the same hardware and versions, whatever else the endpoint does."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +107,7 @@ class ImageData(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    receipt: Receipt
 
 
 class ImagesResponse(BaseModel):
@@ -108,25 +116,38 @@ class ImagesResponse(BaseModel):
     created: int
     data: list[ImageData]
     size: str
-    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png", "webp", "jpeg"]
+    usage: Usage
     model: str
     """`subject@version` as served, or the base's name."""
 
 
-class CompletedEvent(BaseModel):
-    """The event of a finished image in a streamed answer."""
-
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+class _PictureEvent(BaseModel):
     b64_json: str
     created_at: int
     size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png"] = "png"
-    usage: Usage
-    seed: int
+    output_format: Literal["png", "webp", "jpeg"]
     image_index: int
     """Which of the n images."""
+
+
+class PartialImageEvent(_PictureEvent):
+    """The event of a preview in a streamed answer."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class CompletedEvent(_PictureEvent):
+    """The event of a finished image in a streamed answer."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: Usage
+    seed: int
+    receipt: Receipt
 
 
 class Note(BaseModel):
@@ -174,6 +195,9 @@ class ParameterError(RequestError):
         self.param, self.what, self.found, self.do = param, what, found, do
 
 
+_WITHOUT = {"output_compression": "output_format png", "partial_images": "no stream"}
+
+
 def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
     """Raises ParameterError for the first value that this endpoint does not take."""
     for name, accepted in NO_EFFECT.items():
@@ -181,6 +205,13 @@ def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
         if value is not None and value not in accepted:
             do = f"leave it out, or send {' or '.join(map(repr, accepted))}"
             raise ParameterError(name, f"{name} has no effect here", repr(value), do)
+    for name, has_effect in (
+        ("output_compression", request.output_format != "png" or request.output_compression == 100),
+        ("partial_images", request.stream or not request.partial_images),
+    ):
+        if not has_effect:
+            found = f"{getattr(request, name)} with {_WITHOUT[name]}"
+            raise ParameterError(name, f"{name} has no effect here", found, "leave it out")
     _at_most("n", request.n, limits.max_images)
     _at_most("num_inference_steps", request.num_inference_steps, limits.max_inference_steps)
     _at_most("guidance_scale", request.guidance_scale, limits.max_guidance_scale)

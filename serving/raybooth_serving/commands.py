@@ -11,12 +11,13 @@ from typing import Any
 
 from raybooth.config import ServeConfig, ServedBase
 from raybooth.errors import InputError
-from raybooth_serving import keys_command
+from raybooth_serving import keys_command, replay_command
 
 
 def register(subparsers: Any) -> None:
     """Add the commands of serving."""
     keys_command.register(subparsers)
+    replay_command.register(subparsers)
     parser = subparsers.add_parser("serve", help="serve every published subject over HTTP")
     parser.add_argument("--config", metavar="FILE", help="a file of configs/serve (name or path)")
     parser.add_argument("--host", help="address to listen at (default 127.0.0.1)")

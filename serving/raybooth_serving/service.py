@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from raybooth.config import Precision, ServeConfig, ServedBase
+from raybooth.config import ServeConfig, ServedBase
 from raybooth.config.adapter import countable
-from raybooth.model.base import Base, cut_tokens, load_base, token_split
+from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import (
-    CompletedEvent,
-    ImageData,
     ImagesRequest,
     ImagesResponse,
-    InputTokens,
     ModelList,
     ParameterError,
-    Usage,
     check_limits,
     parse_size,
 )
 from raybooth_serving.caller import Caller
 from raybooth_serving.catalog import Catalog
+from raybooth_serving.drawing import Drawing
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
-from raybooth_serving.orders import GeneratedImage, Order, Part
+from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
+from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
+from raybooth_serving.receipt import UsedBase
+from raybooth_serving.scheduler import choose_bucket
 from raybooth_serving.streams import Events, StreamEvent
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 class Service:
@@ -53,6 +48,7 @@ class Service:
         self.name = base_name(base)
         self.catalog = Catalog(store, self.name, base.fingerprint)
         self.engine = Engine(base, store, served.engine)
+        self.fingerprint = fingerprint_engine(base, served.engine)
 
     @classmethod
     def start(cls, config: ServeConfig, served: ServedBase, store: Store) -> Service:
@@ -65,26 +61,25 @@ class Service:
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
         record, samples = await self._resolve(request, caller)
-        images = await self._draw(record, samples, caller)
+        drawing = self._drawing(request, record, samples)
+        images = await self._draw(drawing, caller)
         return ImagesResponse(
             created=int(time.time()),
-            data=[_data(image, request.response_format) for image in images],
-            size=f"{samples[0].width}x{samples[0].height}",
+            data=[drawing.data(image) for image in images],
+            size=drawing.size,
+            output_format=drawing.format,
+            usage=drawing.usage(len(images)),
             model=self.name if record is None else record.reference,
         )
 
     async def stream(
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]:
-        """The events of `request`, the last of each image its completed one."""
+        """The events of `request`, each image's completed one as soon as it is done."""
         record, samples = await self._resolve(request, caller)
+        drawing = self._drawing(request, record, samples)
         events = Events()
-
-        async def work() -> None:
-            for index, image in enumerate(await self._draw(record, samples, caller)):
-                events.put(self._completed(index, image, samples[index]))
-
-        async with aclosing(events.during(work())) as stream:
+        async with aclosing(events.during(self._draw(drawing, caller, events))) as stream:
             async for event in stream:
                 yield event
 
@@ -110,19 +105,53 @@ class Service:
         record = await asyncio.to_thread(catalog.resolve, request.model)
         return record, self._samples(request, record)
 
+    def _drawing(
+        self,
+        request: ImagesRequest,
+        record: AdapterRecord | None,
+        samples: Sequence[SampleRequest],
+    ) -> Drawing:
+        return Drawing(
+            base=self.base,
+            used=UsedBase(
+                name=self.name, revision=self.served.revision, fingerprint=self.base.fingerprint
+            ),
+            fingerprint=self.fingerprint,
+            request=request,
+            samples=tuple(samples),
+            parts=() if record is None else (Part(record),),
+            keep_prompt=self.config.pictures.keep_prompt,
+        )
+
     async def _draw(
-        self, record: AdapterRecord | None, samples: list[SampleRequest], caller: Caller
+        self, drawing: Drawing, caller: Caller, events: Events | None = None
     ) -> list[GeneratedImage]:
+        """The images of `drawing`; `events` is told what happens until then."""
         timeout_s = self.config.limits.timeout_s
         if caller.deadline_s is not None:
             timeout_s = min(timeout_s, caller.deadline_s)
-        parts = () if record is None else (Part(record),)
+        order = Order(
+            samples=drawing.samples,
+            parts=drawing.parts,
+            tenant=caller.tenant,
+            deadline=time.monotonic() + timeout_s,
+            bucket=self._pinned(drawing) if drawing.request.deterministic else None,
+            partial_images=drawing.request.partial_images,
+            encode=drawing.encode,
+            encode_partial=drawing.encode_partial,
+        )
+        if events is not None:
+            order = _told(order, drawing, events)
         try:
             async with asyncio.timeout(timeout_s):
-                return await self.engine.generate(Order(tuple(samples), parts))
+                return await self.engine.generate(order)
         except TimeoutError as error:
             what, do = "the images took too long", "ask for fewer or smaller images"
             raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
+
+    def _pinned(self, drawing: Drawing) -> int:
+        """The smallest bucket that holds a row of `drawing` alone."""
+        return choose_bucket(1, self.served.engine.row_buckets)
 
     def _samples(self, request: ImagesRequest, record: AdapterRecord | None) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""
@@ -166,29 +195,6 @@ class Service:
             what = f"this endpoint makes at most {limit} pixels"
             raise ParameterError("size", what, found, f"for example {native}x{native}")
 
-    def _completed(
-        self, index: int, image: GeneratedImage, sample: SampleRequest
-    ) -> CompletedEvent:
-        assert sample.width is not None
-        assert sample.height is not None
-        unit = self.base.vae_scale_factor
-        prompts = (sample.prompt, sample.negative_prompt)
-        text_tokens = sum(len(token_split(self.base.tokenizer, prompt)) for prompt in prompts)
-        image_tokens = sample.width * sample.height // unit**2
-        return CompletedEvent(
-            b64_json=base64.b64encode(image.picture).decode("ascii"),
-            created_at=int(time.time()),
-            size=f"{sample.width}x{sample.height}",
-            usage=Usage(
-                input_tokens=text_tokens,
-                output_tokens=image_tokens,
-                total_tokens=text_tokens + image_tokens,
-                input_tokens_details=InputTokens(text_tokens=text_tokens),
-            ),
-            seed=image.finished.seed,
-            image_index=index,
-        )
-
 
 def base_name(base: Base) -> str:
     """What requests call the base: `pocket`, a Hub id, or the name of its folder."""
@@ -196,8 +202,17 @@ def base_name(base: Base) -> str:
     return base.folder.name if is_folder else base.name
 
 
-def _data(image: GeneratedImage, form: str) -> ImageData:
-    text = base64.b64encode(image.picture).decode("ascii")
-    if form == "url":
-        return ImageData(url=f"data:image/png;base64,{text}", seed=image.finished.seed)
-    return ImageData(b64_json=text, seed=image.finished.seed)
+def _told(order: Order, drawing: Drawing, events: Events) -> Order:
+    """`order`, whose every image goes to `events` as soon as it is encoded."""
+    loop = asyncio.get_running_loop()
+
+    def encode(image: Image.Image, finished: Finished) -> bytes:
+        picture = order.encode(image, finished)
+        completed = drawing.completed(picture, finished)
+        loop.call_soon_threadsafe(events.put, completed)
+        return picture
+
+    def tell(event: Event) -> None:
+        events.put(drawing.told(event))
+
+    return replace(order, encode=encode, on_event=tell)

@@ -13,9 +13,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from raybooth_serving.api import CompletedEvent, ErrorResponse, Note
+from raybooth_serving.api import CompletedEvent, ErrorResponse, Note, PartialImageEvent
 
-StreamEvent = CompletedEvent | Note
+StreamEvent = CompletedEvent | PartialImageEvent | Note
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT_S = 5.0

@@ -61,6 +61,14 @@ class LimitsConfig(Strict):
     timeout_s: float = Field(600.0, gt=0)
 
 
+class PicturesConfig(Strict):
+    """What a picture file tells of its making."""
+
+    keep_prompt: bool = True
+    """Both prompts, so that the file alone can be drawn again (`raybooth replay`); without them
+    it keeps their SHA-256."""
+
+
 class SamplingDefaults(Strict):
     """What a request that does not say gets."""
 
@@ -93,3 +101,4 @@ class ServeConfig(Strict):
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
     safety: SafetyConfig = SafetyConfig()
+    pictures: PicturesConfig = PicturesConfig()
