@@ -16,6 +16,9 @@ import yaml  # type: ignore[import-untyped]
 
 from raybooth import __version__
 from raybooth.config import FleetConfig, ServeConfig, TrainConfig, find_config, parse_config
+from raybooth.errors import ConfigError
+from raybooth_serving.auth import open_keyring
+from raybooth_serving.keys import Keyring
 from tests.cluster import rules
 from tests.cluster.schema import Json, mistakes
 
@@ -325,6 +328,16 @@ def test_service_port_is_the_one_the_operator_looks_for() -> None:
     for name, group in rules.groups(_cluster_spec(BY_KIND["RayService"])):
         ports = {port["name"]: port["containerPort"] for port in rules.container(group)["ports"]}
         assert ports["serve"] == options["port"], name
+
+
+def test_service_does_not_start_without_api_keys(tmp_path: Path) -> None:
+    config = _serve_config()
+    parsed = parse_config(ServeConfig, config["applications"][0]["args"], "args")
+    host = config["http_options"]["host"]
+    with pytest.raises(ConfigError, match="raybooth keys create"):
+        open_keyring(parsed.auth, host, tmp_path)
+    Keyring(tmp_path / "keys.json").create("ops")
+    assert open_keyring(parsed.auth, host, tmp_path) is not None
 
 
 # ------------------------------------------------------------------ the image
