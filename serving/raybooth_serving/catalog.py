@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from dataclasses import dataclass
 from datetime import datetime
 
 from raybooth.errors import BaseModelError, NotPublishedError, StoreError
-from raybooth.previews import PREVIEW
-from raybooth.store import AdapterRecord, Store
+from raybooth.previews import PREVIEW, has_preview
+from raybooth.store import AdapterRecord, Record, Store, is_seen
 from raybooth_serving.api import ModelCard
+from raybooth_serving.errors import StoreAwayError
+from raybooth_serving.recall import Recall, is_away, unreadable
+
+SETTLED_NS = 2 * 10**9
+"""A folder that changed more recently may change again under the same stamp: it is read anew."""
 
 logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """Names to records; a subject published a moment ago is found, `latest` is never cached."""
+    """Names to records; a subject published a moment ago is found, `latest` is never cached.
 
-    def __init__(self, store: Store, base_name: str, base_fingerprint: str) -> None:
+    While the store is away, names mean what it last said. `on_deleted` is told the id of each
+    subject that was asked for before and then has lost what was asked for.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        base_name: str,
+        base_fingerprint: str,
+        on_deleted: Callable[[str], None] | None = None,
+    ) -> None:
         self.store = store
         self.base_name = base_name
         self.base_fingerprint = base_fingerprint
+        self.on_deleted = on_deleted
+        self.recall = Recall()
+        self._listings: dict[tuple[str, bool], _Listing] = {}
 
     def seen_by(self, subjects: Sequence[str]) -> Catalog:
         """This catalog to one who may see the globs `subjects`; others are not there."""
-        store = Store(self.store.root, subjects)
-        return Catalog(store, self.base_name, self.base_fingerprint)
+        view = copy(self)
+        view.store = Store(self.store.root, subjects)
+        return view
 
     def resolve(self, model: str) -> AdapterRecord | None:
         """The record that `model` means, or None for the plain base.
 
         Raises NotPublishedError listing near names, BaseModelError for an adapter of another
-        base and for a full fine-tune, StoreError for a damaged record.
+        base and for a full fine-tune, StoreError for a damaged record, StoreAwayError where the
+        store is away and has not said what `model` means.
         """
         if model == self.base_name:
             return None
-        try:
-            record = self.store.fetch(model)
-        except NotPublishedError as error:
-            raise self._with_base(model, error) from error
+        record = self._fetch(model)
         if record.base.fingerprint != self.base_fingerprint:
             found = f"{record.base.name} {record.base.fingerprint[:12]}"
             serving = f"{self.base_name} {self.base_fingerprint[:12]}"
@@ -54,39 +74,129 @@ class Catalog:
                 f"weights of its own for {', '.join(record.parts)}",
                 "sample it with `raybooth generate`; an endpoint serves adapters of one base",
             )
+        self.recall.note(model, record)
         return record
 
     def cards(self, *, with_versions: bool = False) -> list[ModelCard]:
-        """The base, then every adapter of this base (if asked, its versions and previews too)."""
-        cards = [ModelCard(id=self.base_name, created=0, owned_by="base")]
-        for subject_id in self.store.subjects():
-            record = self._readable(subject_id)
-            if record is not None:
-                cards.append(_card(subject_id, record))
-            if with_versions:
-                for version in self.store.versions(subject_id):
-                    record = self._readable(f"{subject_id}@{version}")
-                    if record is not None:
-                        cards.append(_card(record.reference, record))
-        for subject_id in self.store.previewed() if with_versions else ():
-            record = self._readable(f"{subject_id}@{PREVIEW}")
-            if record is not None:
-                cards.append(_card(f"{subject_id}@{PREVIEW}", record))
-        return cards
+        """The base, then every adapter of this base (if asked, its versions and previews too).
+
+        Raises StoreAwayError where the store is away.
+        """
+        base = ModelCard(id=self.base_name, created=0, owned_by="base")
+        if is_away(self.store.root) and not self.recall.has_read:
+            return [base]  # nothing was ever published
+        try:
+            stamps = self.store.stamps()
+            listings = [self._listing(id_, stamp, with_versions) for id_, stamp in stamps.items()]
+        except OSError as error:
+            raise self._away("the list of models", error) from error
+        self.recall.store_answers()
+        self._notice_all(stamps.keys())
+        adapters = [card for listing in listings for card in listing.adapters]
+        return [base, *adapters, *(card for listing in listings for card in listing.previews)]
 
     def count_subjects(self) -> int:
         """Subjects that this base can serve."""
         return len(self.cards()) - 1
 
-    def _readable(self, reference: str) -> AdapterRecord | None:
+    def _fetch(self, model: str) -> Record:
+        """What the store says, or said last where it is away."""
         try:
-            record = self.store.fetch(reference)
-        except (NotPublishedError, StoreError) as error:
-            logger.warning("%s is left out of the list of models: %s", reference, error)
-            return None
-        if not isinstance(record, AdapterRecord):
-            return None
-        return record if record.base.fingerprint == self.base_fingerprint else None
+            record = self._read(model)
+        except NotPublishedError as error:
+            if not is_away(self.store.root) or not self.recall.has_read:
+                self._notice(model)
+                raise self._with_base(model, error) from error
+            unread: Exception = error
+        except (OSError, StoreError) as error:
+            if unreadable(error) is None and not is_away(self.store.root):
+                raise
+            unread = error
+        else:
+            self.recall.store_answers()
+            return record
+        away, last = self._away(model, unread), self._last(model)
+        if last is None:
+            raise away from unread
+        return last
+
+    def _read(self, model: str) -> Record:
+        """From the store; once more where a version goes between its name and its record."""
+        try:
+            return self.store.fetch(model)
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        return self.store.fetch(model)
+
+    def _last(self, model: str) -> AdapterRecord | None:
+        """What `model` meant when the store last said so, to those who may see it."""
+        is_ours = is_seen(self.store.seen, model.partition("@")[0])
+        return self.recall.last(model) if is_ours else None
+
+    def _notice(self, model: str) -> None:
+        """A store that can be read does not have `model`: if it ever had, it is deleted."""
+        last = self._last(model)
+        if last is not None:
+            self._forget(last.subject_id)
+
+    def _notice_all(self, there: Collection[str]) -> None:
+        """Of the subjects that may be seen, a store that can be read has these alone."""
+        listed = {subject_id for subject_id, _ in list(self._listings)}
+        for subject_id in (listed | self.recall.subjects()) - set(there):
+            if is_seen(self.store.seen, subject_id):
+                self._forget(subject_id)
+
+    def _forget(self, subject_id: str) -> None:
+        self.recall.forget(subject_id)
+        for with_versions in (False, True):
+            self._listings.pop((subject_id, with_versions), None)
+        if self.on_deleted is not None:
+            self.on_deleted(subject_id)
+
+    def _away(self, what: str, error: Exception) -> StoreAwayError:
+        self.recall.store_is_away(error)
+        cause = unreadable(error)
+        found = "no folder" if cause is None or cause.strerror is None else cause.strerror
+        do = "try again when the store is back"
+        return StoreAwayError(f"{what} is not in memory, and the store is away", found, do)
+
+    def _listing(self, subject_id: str, stamp: tuple[int, int], with_versions: bool) -> _Listing:
+        """The cards of one subject, read again when its folder has changed."""
+        key = subject_id, with_versions
+        found = self._listings.get(key)
+        if found is not None and found.stamp == stamp:
+            return found
+        before_ns = time.time_ns()
+        try:
+            versions = self.store.versions(subject_id)
+        except NotPublishedError:
+            versions = []
+        names, previews = [subject_id] if versions else [], []
+        if with_versions:
+            names += [f"{subject_id}@{version}" for version in versions]
+            if has_preview(self.store.root / subject_id):
+                previews = [f"{subject_id}@{PREVIEW}"]
+        listing = _Listing(stamp, self._cards(names), self._cards(previews))
+        if before_ns - stamp[1] > SETTLED_NS:
+            self._listings[key] = listing
+        return listing
+
+    def _cards(self, names: Sequence[str]) -> tuple[ModelCard, ...]:
+        """Of the adapters of this base among `names`."""
+        cards = []
+        for name in names:
+            try:
+                record = self.store.fetch(name)
+            except (NotPublishedError, StoreError) as error:
+                logger.warning("%s is left out of the list of models: %s", name, error)
+                continue
+            if isinstance(record, AdapterRecord) and (
+                record.base.fingerprint == self.base_fingerprint
+            ):
+                created = int(datetime.fromisoformat(record.created).timestamp())
+                cards.append(ModelCard(id=name, created=created, owned_by="raybooth"))
+        return tuple(cards)
 
     def _with_base(self, model: str, error: NotPublishedError) -> NotPublishedError:
         if difflib.SequenceMatcher(None, model, self.base_name).ratio() < 0.5:
@@ -98,6 +208,10 @@ class Catalog:
         return NotPublishedError(error.what, error.found, known)
 
 
-def _card(name: str, record: AdapterRecord) -> ModelCard:
-    created = int(datetime.fromisoformat(record.created).timestamp())
-    return ModelCard(id=name, created=created, owned_by="raybooth")
+@dataclass(frozen=True)
+class _Listing:
+    """The cards of one subject while its folder has this stamp."""
+
+    stamp: tuple[int, int]
+    adapters: tuple[ModelCard, ...]
+    previews: tuple[ModelCard, ...]

@@ -10,8 +10,6 @@ store even after it has left the shelf, so a store that is away stops nothing th
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from raybooth.store import LEARNED, WEIGHTS, AdapterRecord, Store
 from raybooth_serving.errors import StoreAwayError
 from raybooth_serving.metrics import EngineMetrics
 from raybooth_serving.orders import Part
+from raybooth_serving.recall import is_away
 from raybooth_serving.shelf import Shelf
 
 TOKENIZER_BYTES = 220
@@ -191,14 +190,6 @@ class Loader:
         metrics.host_hits, metrics.host_loads = report.hits, self._num_read
         metrics.host_adapters, metrics.host_bytes = report.num_items, report.size_bytes
         metrics.host_evictions = report.evictions
-
-
-def is_away(root: Path) -> bool:
-    """Whether the store's folder is not to be seen: unmounted, unreachable, not a folder."""
-    try:
-        return not stat.S_ISDIR(os.stat(root).st_mode)
-    except OSError:
-        return True
 
 
 def adapter_name(record: AdapterRecord) -> str:
