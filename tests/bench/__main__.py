@@ -12,16 +12,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.rounds import BenchReport, machine
+from tests.bench.rounds import BenchReport, TableReport, machine
 
 RESULTS = Path(__file__).parent / "results"
 BENCHES = ("training", "serving", "fleet", "states", "full")
+LONG = ("serving_mix",)
+"""Run when named only: a quarter of an hour each round."""
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["load"]:
+        return int(importlib.import_module("tests.bench.load").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "benches", nargs="*", default=BENCHES, metavar="BENCH", help=", ".join(BENCHES)
+        "benches",
+        nargs="*",
+        default=BENCHES,
+        metavar="BENCH",
+        help=f"{', '.join(BENCHES)}; when named: {', '.join(LONG)}; see also `load --help`",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -29,46 +37,44 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console()
-    reports: list[BenchReport] = []
+    tables: list[TableReport] = []
     for name in options.benches:
         console.rule(name)
         found = importlib.import_module(f"tests.bench.{name}").run(options.rounds)
         for report in found:
-            _print(report, console)
-        reports += found
+            table = report.table() if isinstance(report, BenchReport) else report
+            print_table(table, console)
+            tables.append(table)
     if not options.no_file:
-        path = _write(reports)
+        path = write_tables(tables)
         console.print(f"written to {path}")
     return 0
 
 
-def _print(report: BenchReport, console: Console) -> None:
-    heads = ("", report.unit, f"ratio to {report.reference}", "rounds")
-    table = Table(*heads, title=report.title)
-    for row in report.rows:
-        spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-        table.add_row(row.name, f"{row.median:.3g}", f"{row.ratio:.2f}", spread)
-    console.print(table)
-    for note in report.notes:
+def print_table(table: TableReport, console: Console) -> None:
+    """To the terminal."""
+    printed = Table(*table.heads, title=table.title)
+    for row in table.rows:
+        printed.add_row(*row)
+    console.print(printed)
+    for note in table.notes:
         console.print(note)
 
 
-def _write(reports: list[BenchReport]) -> Path:
+def write_tables(tables: list[TableReport]) -> Path:
+    """A dated file of all tables, named by the first words of their titles."""
     facts = machine()
     lines = [f"# Benches of {datetime.now(UTC):%Y-%m-%d}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    for report in reports:
-        lines += ["", f"## {report.title}", "", f"Command: `{report.command}`", ""]
-        lines += [f"| | {report.unit} | ratio to {report.reference} | lowest - highest |"]
-        lines += ["|---|---|---|---|"]
-        for row in report.rows:
-            spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-            lines.append(f"| {row.name} | {row.median:.3g} | {row.ratio:.2f} | {spread} |")
-        lines += ["", *report.notes] if report.notes else []
+    for table in tables:
+        lines += ["", f"## {table.title}", "", f"Command: `{table.command}`", ""]
+        lines += [f"| {' | '.join(table.heads)} |", "|---" * len(table.heads) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += ["", *table.notes] if table.notes else []
     RESULTS.mkdir(exist_ok=True)
     kind = "cpu" if facts["gpu"] == "none" else "gpu"
     names = "-".join(
-        dict.fromkeys(report.title.split(":")[0].split()[0].lower() for report in reports)
+        dict.fromkeys(table.title.split(":")[0].split()[0].lower() for table in tables)
     )
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{kind}-{names}.md"
     path.write_text("\n".join(lines) + "\n")

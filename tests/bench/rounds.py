@@ -53,6 +53,31 @@ class BenchReport:
     rows: list[Measured]
     notes: list[str] = field(default_factory=list)
 
+    def table(self) -> TableReport:
+        """As it is printed and written."""
+        heads = ("", self.unit, f"ratio to {self.reference}", "lowest - highest")
+        rows = [
+            (
+                row.name,
+                f"{row.median:.3g}",
+                f"{row.ratio:.2f}",
+                f"{min(row.ratios):.2f} - {max(row.ratios):.2f}",
+            )
+            for row in self.rows
+        ]
+        return TableReport(self.title, self.command, heads, rows, self.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class TableReport:
+    """One bench whose rows are words and figures of their own."""
+
+    title: str
+    command: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str] = field(default_factory=list)
+
 
 def measure(
     title: str,
