@@ -107,6 +107,9 @@ class ImageData(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    flagged: Literal[True] | None = None
+    """The safety checker took the image for unfit, so it is black; else left out."""
+
     receipt: Receipt
 
 
@@ -147,6 +150,7 @@ class CompletedEvent(_PictureEvent):
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage
     seed: int
+    flagged: Literal[True] | None = None
     receipt: Receipt
 
 

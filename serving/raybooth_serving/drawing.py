@@ -6,6 +6,7 @@ import base64
 import hashlib
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
@@ -29,6 +30,7 @@ from raybooth_serving.receipt import (
     UsedBase,
     hash_prompts,
 )
+from raybooth_serving.safety import SafetyChecker
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Drawing:
     samples: tuple[SampleRequest, ...]
     parts: tuple[Part, ...]
     keep_prompt: bool
+    checker: SafetyChecker | None
+    flagged: set[int] = field(default_factory=set)
     receipts: dict[int, Receipt] = field(default_factory=dict)
 
     @property
@@ -61,6 +65,10 @@ class Drawing:
 
     def encode(self, image: Image.Image, finished: Finished) -> bytes:
         """The file of a finished image, its receipt inside."""
+        if self.checker is not None:
+            image, is_flagged = self.checker.finished(image)
+            if is_flagged:
+                self.flagged.add(finished.index)
         receipt = self._receipt(image, finished)
         self.receipts[finished.index] = receipt
         inside = receipt if self.keep_prompt else receipt.without_prompts()
@@ -68,12 +76,19 @@ class Drawing:
 
     def encode_partial(self, image: Image.Image) -> bytes:
         """The file of a preview."""
+        if self.checker is not None:
+            image = self.checker.partial(image)
         return encode(image, self.format, self.compression, None)
 
     def data(self, image: GeneratedImage) -> ImageData:
         """A finished image in an answer."""
         text = _base64(image.picture)
-        shown = {"seed": image.finished.seed, "receipt": self.receipts[image.finished.index]}
+        index = image.finished.index
+        shown: dict[str, Any] = {
+            "seed": image.finished.seed,
+            "flagged": index in self.flagged or None,
+            "receipt": self.receipts[index],
+        }
         if self.request.response_format == "url":
             return ImageData(url=f"data:image/{self.format};base64,{text}", **shown)
         return ImageData(b64_json=text, **shown)
@@ -102,6 +117,7 @@ class Drawing:
             output_format=self.format,
             usage=self.usage(),
             seed=finished.seed,
+            flagged=finished.index in self.flagged or None,
             receipt=self.receipts[finished.index],
             image_index=finished.index,
         )

@@ -33,7 +33,9 @@ from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
 from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
+from raybooth_serving.policy import check_prompt, load_policy
 from raybooth_serving.receipt import UsedBase
+from raybooth_serving.safety import SafetyChecker
 from raybooth_serving.scheduler import choose_bucket
 from raybooth_serving.streams import Events, StreamEvent
 
@@ -49,6 +51,9 @@ class Service:
         self.catalog = Catalog(store, self.name, base.fingerprint)
         self.engine = Engine(base, store, served.engine)
         self.fingerprint = fingerprint_engine(base, served.engine)
+        safety = config.safety
+        self.policy = None if safety.policy is None else load_policy(safety.policy)
+        self.checker = None if safety.checker is None else SafetyChecker(safety, base.device)
 
     @classmethod
     def start(cls, config: ServeConfig, served: ServedBase, store: Store) -> Service:
@@ -103,7 +108,12 @@ class Service:
         check_limits(request, self.config.limits)
         catalog = self.catalog.seen_by(caller.subjects)
         record = await asyncio.to_thread(catalog.resolve, request.model)
-        return record, self._samples(request, record)
+        samples = self._samples(request, record)
+        if self.policy is not None:
+            subjects = () if record is None else (record.subject_id,)
+            asked = (request.prompt, request.negative_prompt, subjects, caller.key_name)
+            await asyncio.to_thread(check_prompt, self.policy, *asked)
+        return record, samples
 
     def _drawing(
         self,
@@ -121,6 +131,7 @@ class Service:
             samples=tuple(samples),
             parts=() if record is None else (Part(record),),
             keep_prompt=self.config.pictures.keep_prompt,
+            checker=self.checker,
         )
 
     async def _draw(
