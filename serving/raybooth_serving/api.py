@@ -26,6 +26,17 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
 """OpenAI's keys that change nothing here, and the values that ask for nothing."""
 
 
+class AdapterChoice(BaseModel):
+    """One subject among several in one image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    subject: str = Field(min_length=1, max_length=256)
+    """`subject`, `subject@version` or `subject@alias`."""
+
+    scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+
+
 class ImagesRequest(BaseModel):
     """The body of `POST /v1/images/generations`; a key that is null counts as not given."""
 
@@ -33,6 +44,9 @@ class ImagesRequest(BaseModel):
 
     model: str = Field(min_length=1, max_length=256)
     """`subject`, `subject@version`, `subject@alias`, or the base's own name."""
+
+    adapters: list[AdapterChoice] = Field([], max_length=16)
+    """Several subjects in each image; `model` is then the base's name or the first of them."""
 
     prompt: str = Field(min_length=1)
     n: int = Field(1, ge=1)
@@ -72,6 +86,12 @@ class ImagesRequest(BaseModel):
     deterministic: bool = False
     """Every denoise step in the smallest bucket that holds the image alone: the same request is the
     same bytes on the same hardware and versions, whatever else the endpoint does."""
+
+    @property
+    def subject_ids(self) -> list[str]:
+        """Of all subjects asked for, in no order of the caller's; or the base's name."""
+        names = [each.subject for each in self.adapters] or [self.model]
+        return sorted({name.partition("@")[0] for name in names})
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +143,7 @@ class ImagesResponse(BaseModel):
     output_format: Literal["png", "webp", "jpeg"]
     usage: Usage
     model: str
-    """`subject@version` as served, or the base's name."""
+    """`subject@version` as served (of several, joined with `+`), or the base's name."""
 
 
 class _PictureEvent(BaseModel):
@@ -199,7 +219,11 @@ class ParameterError(RequestError):
         self.param, self.what, self.found, self.do = param, what, found, do
 
 
-_WITHOUT = {"output_compression": "output_format png", "partial_images": "no stream"}
+_WITHOUT = {
+    "output_compression": "output_format png",
+    "partial_images": "no stream",
+    "adapter_scale": "adapters, each of which has a scale",
+}
 
 
 def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
@@ -212,6 +236,7 @@ def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
     for name, has_effect in (
         ("output_compression", request.output_format != "png" or request.output_compression == 100),
         ("partial_images", request.stream or not request.partial_images),
+        ("adapter_scale", not request.adapters or request.adapter_scale == 1.0),
     ):
         if not has_effect:
             found = f"{getattr(request, name)} with {_WITHOUT[name]}"

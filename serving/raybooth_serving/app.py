@@ -141,8 +141,8 @@ class _Replicas:
 
 
 def _session(request: ImagesRequest) -> str:
-    """Requests of one subject share a replica, which then holds its adapter."""
-    return request.model.partition("@")[0]
+    """Requests of the same subjects share a replica, which then holds their adapters."""
+    return "+".join(request.subject_ids)
 
 
 async def _result(response: Any) -> Any:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from raybooth.model.sampler import Row, denoise_step, row_image, start_row
 from raybooth.store import Store
 from raybooth_serving.errors import QueueFullError
 from raybooth_serving.flight import Flight
-from raybooth_serving.loader import HostAdapter, Loader
+from raybooth_serving.loader import HostAdapter, Loader, is_of
 from raybooth_serving.metrics import EngineMetrics, StepReport
 from raybooth_serving.orders import GeneratedImage, Order
 from raybooth_serving.prompts import PromptCache
@@ -77,6 +78,10 @@ class Engine:
             device=base.device,
         )
         self.slots = SlotTable(config.num_slots)
+        self._in_slots: dict[int, HostAdapter] = {}
+        """Held, so that the loader finds them without the store."""
+
+        self._deleted: list[str] = []
         self._keys = count()
         self._num_preparing = 0
         self._waiting: dict[int, Flight] = {}
@@ -117,6 +122,14 @@ class Engine:
             for image in images:
                 image.done.cancel()
             self._wake.set()
+
+    def forget(self, subject_id: str) -> None:
+        """Let go of a deleted subject: in memory at once, in slots as rows leave; any thread."""
+        self.loader.forget(subject_id)
+        self.prompts.forget(subject_id)
+        self._deleted.append(subject_id)
+        if self._loop is not None:
+            self._loop.get_loop().call_soon_threadsafe(self._wake.set)
 
     def check_health(self) -> None:
         """Raises ServingError if the loop has died."""
@@ -212,6 +225,7 @@ class Engine:
         while True:
             self._wake.clear()
             self._drop_cancelled()
+            await self._clear_deleted()
             if self._waiting or self._running:
                 await self._advance()
             else:
@@ -253,6 +267,19 @@ class Engine:
                 self._finishing.add(task)
                 task.add_done_callback(self._finishing.discard)
 
+    async def _clear_deleted(self) -> None:
+        """Zero the slots of deleted subjects; those with rows in flight when these are done."""
+        deleted, self._deleted = self._deleted, []
+        for subject_id in deleted:
+            held = [r for r in self.slots.residents if is_of(r.adapter, subject_id)]
+            for resident in held:
+                if resident.num_pins == 0:
+                    self.slots = self.slots.forget(resident.adapter)
+                    self._in_slots.pop(resident.slot, None)
+                    await self._on(self._tick, partial(self.bank.clear, resident.slot))
+            if any(resident.num_pins for resident in held):
+                self._deleted.append(subject_id)
+
     def _drop_cancelled(self) -> None:
         for key in [key for key, image in self._waiting.items() if image.done.done()]:
             del self._waiting[key]
@@ -282,6 +309,7 @@ class Engine:
             if image.adapter is not None and join.is_load:
                 try:
                     self.bank.write(join.slot, image.adapter.tensors)
+                    self._in_slots[join.slot] = image.adapter
                 except RayBoothError as error:
                     self.bank.clear(join.slot)
                     broken[image.adapter.name] = error

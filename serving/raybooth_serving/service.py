@@ -17,7 +17,7 @@ from raybooth.config import ServeConfig, ServedBase
 from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest
-from raybooth.store import AdapterRecord, Store
+from raybooth.store import Store
 from raybooth_serving.api import (
     ImagesRequest,
     ImagesResponse,
@@ -33,6 +33,7 @@ from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
 from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
+from raybooth_serving.parts import resolve_parts
 from raybooth_serving.policy import check_prompt, load_policy
 from raybooth_serving.receipt import UsedBase
 from raybooth_serving.safety import SafetyChecker
@@ -48,8 +49,8 @@ class Service:
         self.config = config
         self.served = served
         self.name = base_name(base)
-        self.catalog = Catalog(store, self.name, base.fingerprint)
         self.engine = Engine(base, store, served.engine)
+        self.catalog = Catalog(store, self.name, base.fingerprint, self.engine.forget)
         self.fingerprint = fingerprint_engine(base, served.engine)
         safety = config.safety
         self.policy = None if safety.policy is None else load_policy(safety.policy)
@@ -65,8 +66,7 @@ class Service:
 
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
-        record, samples = await self._resolve(request, caller)
-        drawing = self._drawing(request, record, samples)
+        drawing = await self._resolve(request, caller)
         images = await self._draw(drawing, caller)
         return ImagesResponse(
             created=int(time.time()),
@@ -74,15 +74,14 @@ class Service:
             size=drawing.size,
             output_format=drawing.format,
             usage=drawing.usage(len(images)),
-            model=self.name if record is None else record.reference,
+            model="+".join(part.record.reference for part in drawing.parts) or self.name,
         )
 
     async def stream(
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of `request`, each image's completed one as soon as it is done."""
-        record, samples = await self._resolve(request, caller)
-        drawing = self._drawing(request, record, samples)
+        drawing = await self._resolve(request, caller)
         events = Events()
         async with aclosing(events.during(self._draw(drawing, caller, events))) as stream:
             async for event in stream:
@@ -96,31 +95,22 @@ class Service:
 
     async def metrics(self) -> dict[str, float]:
         """The engine's counters."""
+        self.engine.metrics.store_away_requests = self.catalog.recall.num_away
         return self.engine.snapshot()
 
     async def check_health(self) -> None:
         """Raises ServingError when the engine has died."""
         self.engine.check_health()
 
-    async def _resolve(
-        self, request: ImagesRequest, caller: Caller
-    ) -> tuple[AdapterRecord | None, list[SampleRequest]]:
+    async def _resolve(self, request: ImagesRequest, caller: Caller) -> Drawing:
         check_limits(request, self.config.limits)
         catalog = self.catalog.seen_by(caller.subjects)
-        record = await asyncio.to_thread(catalog.resolve, request.model)
-        samples = self._samples(request, record)
+        parts = await asyncio.to_thread(resolve_parts, catalog, request)
+        samples = tuple(self._samples(request, parts))
         if self.policy is not None:
-            subjects = () if record is None else (record.subject_id,)
+            subjects = [part.record.subject_id for part in parts]
             asked = (request.prompt, request.negative_prompt, subjects, caller.key_name)
             await asyncio.to_thread(check_prompt, self.policy, *asked)
-        return record, samples
-
-    def _drawing(
-        self,
-        request: ImagesRequest,
-        record: AdapterRecord | None,
-        samples: Sequence[SampleRequest],
-    ) -> Drawing:
         return Drawing(
             base=self.base,
             used=UsedBase(
@@ -128,8 +118,8 @@ class Service:
             ),
             fingerprint=self.fingerprint,
             request=request,
-            samples=tuple(samples),
-            parts=() if record is None else (Part(record),),
+            samples=samples,
+            parts=parts,
             keep_prompt=self.config.pictures.keep_prompt,
             checker=self.checker,
         )
@@ -164,14 +154,14 @@ class Service:
         """The smallest bucket that holds a row of `drawing` alone."""
         return choose_bucket(1, self.served.engine.row_buckets)
 
-    def _samples(self, request: ImagesRequest, record: AdapterRecord | None) -> list[SampleRequest]:
+    def _samples(self, request: ImagesRequest, parts: Sequence[Part]) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""
         defaults = self.served.defaults
         width, height = parse_size(request.size, self.base.native_resolution)
         self._check_pixels(width, height)
         for name in ("prompt", "negative_prompt"):
             prompt = getattr(request, name)
-            if record is not None:
+            for record in (part.record for part in parts):
                 prompt = countable(prompt, record.identifier, record.identifier_tokens)
             cut = cut_tokens(self.base.tokenizer, prompt)
             if cut:
