@@ -12,11 +12,14 @@ from raybooth.errors import ServingError
 
 
 class Client:
-    """Calls the endpoint at `url`, for example http://127.0.0.1:8000."""
+    """Calls the endpoint at `url`, for example http://127.0.0.1:8000, with an API key if given."""
 
-    def __init__(self, url: str, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def generate(self, model: str, prompt: str, **parameters: Any) -> list[bytes]:
         """PNG images of `prompt`; parameters are those of POST /v1/images/generations.
@@ -38,8 +41,7 @@ class Client:
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data, self._headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return json.load(response)

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from raybooth.cli import main
-from raybooth.errors import InputError
+from raybooth.errors import InputError, ServingError
 from raybooth.model.base import Base
 from raybooth.store import Store
 from raybooth_serving.client import Client
 from raybooth_serving.commands import free_port
+from raybooth_serving.keys import Keyring
 from tests.raybooth_serving.published import publish
 
 
@@ -38,6 +39,7 @@ def test_a_free_port_is_found_and_a_used_one_refused() -> None:
         (["--config", "no-such-config"], "no serve config is called"),
         (["--base", "/no/such/folder"], "no base is called"),
         (["--host", "no.such.host.invalid"], "cannot listen at"),
+        (["--host", "0.0.0.0", "--port", "0"], "raybooth keys create"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -61,7 +63,11 @@ def test_serve_until_ctrl_c(
 ) -> None:
     config = tmp_path / "tiny.yaml"
     engine, defaults = "{num_slots: 2, max_rank: 4}", "{num_inference_steps: 2}"
-    config.write_text(f"bases: [{{engine: {engine}, defaults: {defaults}}}]\n")
+    config.write_text(
+        f"auth: {{required: always}}\nbases: [{{engine: {engine}, defaults: {defaults}}}]\n"
+    )
+    ring = Keyring(raybooth_home / "keys.json")
+    _, secret = ring.create("studio", subjects=["*"])
     words = ["--config", str(config), "--port", "0", "--base", tiny_folder.name]
     roots = [str(Path(__file__).parents[2] / name) for name in ("platform", "serving")]
     process = subprocess.Popen(
@@ -77,10 +83,13 @@ def test_serve_until_ctrl_c(
         assert process.stdout is not None
         ready = next((line for line in process.stdout if line.startswith("RayBooth serves")), "")
         assert "4 subjects at http://127.0.0.1:" in ready, process.communicate()[1][-3000:]
-        client = Client(ready.split()[-1])
+        client = Client(ready.split()[-1], api_key=secret)
         assert client.generate("dog-a", "a photo of sks dog", n=2)
         publish(store, base, "newcomer", 8)
         assert client.generate("newcomer", "a dog")
+        ring.revoke("studio")
+        with pytest.raises(ServingError, match="401: found this API key is not known"):
+            client.models()
         os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
