@@ -37,13 +37,13 @@ def encode(image: Image.Image, form: Format, compression: int, receipt: Receipt 
     A receipt is left out of previews only. Raises RequestError when it does not fit a JPEG.
     """
     file = io.BytesIO()
-    xmp = b"" if receipt is None else xmp_packet(receipt)
+    xmp = xmp_packet(receipt)
     if form == "png":
         text = PngInfo()
+        text.add_text("Software", SOFTWARE)
         if receipt is not None:
-            text.add_text("Software", SOFTWARE)
             text.add_text(RECEIPT, receipt.json_text())
-            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
         image.save(file, "PNG", pnginfo=text)
     elif form == "webp":
         image.save(file, "WEBP", quality=compression, xmp=xmp)
@@ -55,9 +55,13 @@ def encode(image: Image.Image, form: Format, compression: int, receipt: Receipt 
     return file.getvalue()
 
 
-def xmp_packet(receipt: Receipt) -> bytes:
-    """XMP (ISO 16684-1) of a picture that a model made."""
-    models = [*(adapter.reference for adapter in receipt.adapters), receipt.base.name]
+def xmp_packet(receipt: Receipt | None) -> bytes:
+    """XMP (ISO 16684-1) of a picture that a model made, and by a receipt which and how."""
+    models = making = ""
+    if receipt is not None:
+        names = [*(adapter.reference for adapter in receipt.adapters), receipt.base.name]
+        models = f" Iptc4xmpExt:AISystemUsed={quoteattr(', '.join(names))}"
+        making = f"<{RECEIPT}>{escape(receipt.json_text())}</{RECEIPT}>"
     return (
         '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>'
         '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -67,9 +71,7 @@ def xmp_packet(receipt: Receipt) -> bytes:
         ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
         f" xmlns:raybooth={quoteattr(NAMESPACE)}"
         f" xmp:CreatorTool={quoteattr(SOFTWARE)}"
-        f" Iptc4xmpExt:DigitalSourceType={quoteattr(SOURCE_TYPE)}"
-        f" Iptc4xmpExt:AISystemUsed={quoteattr(', '.join(models))}>"
-        f"<{RECEIPT}>{escape(receipt.json_text())}</{RECEIPT}>"
+        f" Iptc4xmpExt:DigitalSourceType={quoteattr(SOURCE_TYPE)}{models}>{making}"
         "</rdf:Description></rdf:RDF></x:xmpmeta>"
         '<?xpacket end="w"?>'
     ).encode()

@@ -60,8 +60,13 @@ def test_png_keeps_every_level_and_the_others_compress(image: Image.Image) -> No
         assert Image.open(io.BytesIO(best)).format == form.upper()
 
 
-def test_a_preview_tells_nothing(image: Image.Image, tmp_path: Path) -> None:
-    (tmp_path / "preview.png").write_bytes(encode(image, "png", 100, None))
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_preview_says_that_a_model_made_it_and_no_more(
+    image: Image.Image, form: Format, tmp_path: Path
+) -> None:
+    content = encode(image, form, 100, None)
+    assert SOURCE_TYPE.encode() in content
+    (tmp_path / "preview.png").write_bytes(content)
     with pytest.raises(InputError, match=r"preview.png carries no receipt"):
         read_receipt(tmp_path / "preview.png")
 
