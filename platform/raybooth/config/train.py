@@ -121,8 +121,6 @@ class TrainConfig(Strict):
             )
         if self.checkpoint.preview:
             raise ValueError("checkpoint.preview needs method: lora; remove it")
-        if self.validation.enabled:
-            raise ValueError("validation needs method: lora; remove it")
         if self.precision == "fp16":
             raise ValueError("method: full trains in fp32 or bf16, not fp16; set precision")
         rows, shares = self.num_rows, self.full.num_workers * self.full.gradient_accumulation

@@ -45,6 +45,7 @@ def evaluate_on_cluster(
         for task, resources in zip(tasks, asked, strict=True)
     }
     failed: dict[str, str] = {}
+    drawn = -1
     try:
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=TELL_S)
@@ -54,7 +55,9 @@ def evaluate_on_cluster(
                     ray.get(ref)
                 except (RayError, RayBoothError) as error:
                     failed[subject_id] = reason_of(error)
-            on_progress(ray.get(tally.total.remote()))
+            if (total := ray.get(tally.total.remote())) != drawn:
+                drawn = total
+                on_progress(drawn)
     finally:
         for ref in running:
             ray.cancel(ref, force=True)

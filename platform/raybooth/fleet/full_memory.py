@@ -26,12 +26,14 @@ def full_memory_bytes(shape: BaseShape, train: TrainConfig, *, on_gpu: bool = Fa
     """Predicted bytes of one worker on its device: its GPU, or the host where a CPU trains.
 
     On a CPU a checkpoint is held twice more while it is written: as tensors and as their file.
+    Validation has a copy of what trains on the device, on a CPU its gathered weights beside it.
     """
     weights = 4 * (shape.num_denoiser_parameters + shape.num_other_parameters)
     whole = PROCESS_BYTES + weights + full_tensor_bytes(shape, train, on_gpu=on_gpu)
-    if on_gpu:
-        return whole
-    return whole + 2 * (4 * sum(_sizes(shape, train)) + _moment_bytes(shape, train))
+    trained = 4 * sum(_sizes(shape, train))
+    if train.validation.enabled:
+        whole += trained if on_gpu else 2 * trained
+    return whole if on_gpu else whole + 2 * (trained + _moment_bytes(shape, train))
 
 
 def full_tensor_bytes(shape: BaseShape, train: TrainConfig, *, on_gpu: bool = False) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raybooth.model.base import Base
     from raybooth.subject import Subject
+    from raybooth.training.full_validation import FullValidation
     from raybooth.training.job import SlotJob
 
 
@@ -32,12 +33,15 @@ def publish_full(
     *,
     revision: str | None,
     seconds: Mapping[str, float],
+    validation: FullValidation | None = None,
 ) -> FullRecord:
     """The trained parts as a new version of their subject; raises StoreError, leaving nothing.
 
     The sample pictures come from the saved files over the base as it was, so they are what
     `raybooth generate` will show.
     """
+    watched = validation.record() if validation is not None else None
+    held_out = watched.held_out if watched is not None else ()
     with tempfile.TemporaryDirectory(prefix="raybooth-") as name:
         files = save_full(Path(name), weights)
         start = time.perf_counter()
@@ -61,12 +65,17 @@ def publish_full(
             train=subject.train.model_dump(mode="json"),
             photos=tuple(
                 PhotoRecord(name=path.name, sha256=digest)
-                for path, digest in zip(subject.images, job.tensors.photo_digests, strict=True)
+                for path, digest in zip(
+                    subject.images, (*job.tensors.photo_digests, *held_out), strict=True
+                )
             ),
             prior=prior_record(job.tensors.prior, subject, base),
             loss_curve=thinned(losses),
             num_train_steps=len(losses),
+            validation=watched,
             seconds={**seconds, "samples": sampled_s},
             versions=versions(),
         )
+        if validation is not None:
+            files |= validation.pictures()
         return store.publish(record, files)

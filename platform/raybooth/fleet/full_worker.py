@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from raybooth.model.base import Base
     from raybooth.training.full import FullReport
     from raybooth.training.full_loop import FullOutcome
+    from raybooth.training.full_validation import FullValidation
     from raybooth.training.job import SlotJob
 
 Result = TypeVar("Result")
@@ -82,7 +84,7 @@ class FullWorker:
 
         base = self._together(self._load_base)
         start = time.perf_counter()
-        job = self._encode(base)
+        job, validation = self._watched(base, self._encode(base))
         seconds = {"encode": round(time.perf_counter() - start, 3)}
         outcome = train_full(
             base,
@@ -91,6 +93,7 @@ class FullWorker:
             on_start=self._on_start,
             on_report=self._on_report,
             should_stop=self._should_stop,
+            validation=validation,
         )
         if self._is_first:
             for note in outcome.notes:
@@ -98,7 +101,7 @@ class FullWorker:
         if outcome.weights is None:
             return "stopped"
         if self._is_first:
-            self._publish(base, job, outcome, seconds)
+            self._publish(base, job, outcome, seconds, validation)
         return "published"
 
     def _load_base(self) -> Base:
@@ -141,8 +144,26 @@ class FullWorker:
             class_prompt=subject.class_prompt,
         )
 
+    def _watched(self, base: Base, job: SlotJob) -> tuple[SlotJob, FullValidation | None]:
+        """(the job without the photos that are held out, what measures it)."""
+        from raybooth.fleet.validation import split_photos, watch_full
+
+        subject, root = self._subject, self._task.folders.checkpoints
+
+        def watched() -> tuple[SlotJob, FullValidation | None]:
+            tensors, held_out = split_photos(subject, job.tensors)
+            kept = replace(job, tensors=tensors)
+            return kept, watch_full(base, subject, kept, held_out, root, is_first=self._is_first)
+
+        return self._together(watched)
+
     def _publish(
-        self, base: Base, job: SlotJob, outcome: FullOutcome, seconds: dict[str, float]
+        self,
+        base: Base,
+        job: SlotJob,
+        outcome: FullOutcome,
+        seconds: dict[str, float],
+        validation: FullValidation | None,
     ) -> None:
         from raybooth.fleet.full_publishing import publish_full
 
@@ -157,6 +178,7 @@ class FullWorker:
             self._store,
             revision=self._task.revision,
             seconds={**seconds, "train": round(outcome.seconds, 3)},
+            validation=validation,
         )
         self._is_published(record.reference)
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raybooth.config import TrainConfig
-from raybooth.data.batch import SlotBatch, make_slot_batches
+from raybooth.data.batch import make_slot_batches
 from raybooth.errors import ConfigError, TrainingError
 from raybooth.model.base import Base
 from raybooth.model.full_weights import trained_parts
-from raybooth.training import objective
 from raybooth.training.full_engine import FullEngine
+from raybooth.training.full_rows import FullRows, Share, split
 from raybooth.training.job import SlotJob
 from raybooth.training.optim import lr_at
 
@@ -87,14 +87,6 @@ class FullReport:
     """Any worker was asked to stop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Rows that one worker takes in one forward, each with its weight in the step's loss."""
-
-    batch: SlotBatch
-    weight_B: Tensor
-
-
 class FullRun:
     """One subject trained by all workers of the default process group; all call every method."""
 
@@ -108,20 +100,13 @@ class FullRun:
             raise ConfigError("method: full needs a float32 base", str(base.dtype), "load it so")
         self._base, self._job, self._train = base, job, job.train
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        config = job.train.objective
-        config.check_base(base.scheduler_config)
-        self._alpha_bar_T = objective.alphas_cumprod(
-            base.scheduler_config, zero_terminal_snr=config.zero_terminal_snr
-        )
-        self._weights_T = objective.snr_weights(
-            self._alpha_bar_T, config.snr_gamma, base.prediction_type, config.velocity_weight
-        )
-        self._ids = _token_ids(base, job) if job.train.full.text_encoder else {}
+        self._rows = FullRows(base, job)
         if state is not None:
             _load_weights(base, state.weights)
         self.engine = FullEngine(FullModel(base, job.train), job.train, base.device)
         self.train_step = 0
         self.curve: list[tuple[float, float, float]] = []
+        self._is_over = False
         if state is not None:
             self.engine.load_optimizer(state.optimizer)
             self.train_step = state.train_step
@@ -129,8 +114,12 @@ class FullRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every train step is done."""
-        return self.train_step >= self._train.num_train_steps
+        """Whether every train step is done, or the run was ended."""
+        return self._is_over or self.train_step >= self._train.num_train_steps
+
+    def finish(self) -> None:
+        """End here, as if this train step had been the last."""
+        self._is_over = True
 
     def close(self) -> None:
         """Free the engine; the base's weights are no longer to be used."""
@@ -179,23 +168,15 @@ class FullRun:
 
     def _loss(self, share: Share, figures_5: Tensor) -> Tensor:
         """Sum over the share's rows of weight x error; its parts are added to `figures_5`."""
-        batch, device = share.batch, self._base.device
-        latents_BCHW, noise_BCHW = batch.latents_BCHW.to(device), batch.noise_BCHW.to(device)
-        alpha_bar_B = self._alpha_bar_T[batch.timesteps_B].to(device)
-        noisy_BCHW = objective.add_noise(latents_BCHW, noise_BCHW, alpha_bar_B)
-        conditioning = {name: rows.to(device) for name, rows in batch.conditioning.items()}
-        prediction_BCHW = self.engine(noisy_BCHW, batch.timesteps_B.to(device), conditioning)
-        target_BCHW = objective.target(
-            latents_BCHW, noise_BCHW, alpha_bar_B, self._base.prediction_type
+        is_prior_B = share.batch.is_prior_B
+        weighted_B = self._rows.errors(self.engine, share.batch) * share.weight_B.to(
+            self._base.device
         )
-        pixels_BHW = None if batch.weight_BHW is None else batch.weight_BHW.to(device)
-        error_B = objective.row_errors(prediction_BCHW, target_BCHW, pixels_BHW)
-        weighted_B = error_B * share.weight_B.to(device)
         detached_B = weighted_B.detach().double().cpu()
-        figures_5[0] += detached_B[~batch.is_prior_B].sum()
-        figures_5[1] += detached_B[batch.is_prior_B].sum()
-        factor_B = torch.where(batch.is_prior_B, self._train.prior.loss_weight, 1.0).to(device)
-        return (weighted_B * factor_B).sum()
+        figures_5[0] += detached_B[~is_prior_B].sum()
+        figures_5[1] += detached_B[is_prior_B].sum()
+        factor_B = torch.where(is_prior_B, self._train.prior.loss_weight, 1.0)
+        return (weighted_B * factor_B.to(weighted_B)).sum()
 
     def _shares(self) -> Iterator[Share]:
         """This worker's rows of the step, part by part; every worker gets as many parts."""
@@ -212,21 +193,11 @@ class FullRun:
         counts = int((~is_prior).sum()), int(is_prior.sum())
         parts = self._train.full.gradient_accumulation
         for batch in batches:
-            weight_B = self._row_weights(batch, *counts)
-            with_ids = {**batch.conditioning, **self._ids_of(batch)}
+            weight_B = self._rows.weights(batch, *counts)
+            with_ids = self._rows.conditioning(batch)
             for part in range(parts):
                 place = self._rank * parts + part
                 yield split(batch, weight_B, with_ids, place, self._world * parts)
-
-    def _row_weights(self, batch: SlotBatch, num_instance: int, num_prior: int) -> Tensor:
-        """Each row's weight in its own term's mean over the whole step; priors have no SNR."""
-        instance_B = self._weights_T[batch.timesteps_B] / max(1, num_instance)
-        return torch.where(batch.is_prior_B, 1.0 / max(1, num_prior), instance_B)
-
-    def _ids_of(self, batch: SlotBatch) -> dict[str, Tensor]:
-        """Token ids of each row; the class prompt's stand last."""
-        places = torch.tensor(batch.prompt_B)
-        return {name: ids_NL[places] for name, ids_NL in self._ids.items()}
 
     def _end(self, trouble: Exception | None) -> None:
         """Every worker ends with its own trouble, or that of another in its words."""
@@ -243,41 +214,6 @@ class FullRun:
                 f"{value} at train step {self.train_step + 1}",
                 "lower optimizer.learning_rate, or check the photos",
             )
-
-
-def split(
-    batch: SlotBatch,
-    weight_B: Tensor,
-    conditioning: Mapping[str, Tensor],
-    place: int,
-    shares: int,
-) -> Share:
-    """Rows place, place + shares, ... of the batch; where there is none, a row that weighs 0.
-
-    ZeRO's workers exchange weights inside a forward, so each must make as many as the others.
-    """
-    rows = list(range(place, len(weight_B), shares))
-    weights_B = weight_B[rows] if rows else torch.zeros(1)
-    chosen = torch.tensor(rows or [0])
-    return Share(
-        SlotBatch(
-            latents_BCHW=batch.latents_BCHW[chosen],
-            noise_BCHW=batch.noise_BCHW[chosen],
-            timesteps_B=batch.timesteps_B[chosen],
-            conditioning={name: value[chosen] for name, value in conditioning.items()},
-            is_prior_B=batch.is_prior_B[chosen],
-            prompt_B=tuple(batch.prompt_B[row] for row in chosen.tolist()),
-            weight_BHW=None if batch.weight_BHW is None else batch.weight_BHW[chosen],
-        ),
-        weights_B,
-    )
-
-
-def _token_ids(base: Base, job: SlotJob) -> dict[str, Tensor]:
-    """Ids [N + 1, T] of the instance prompts, then of the class prompt (NO_PROMPT is the last)."""
-    if not job.tensors.prompts:
-        raise ConfigError(f"{job.job_id} trains text without words", "no prompts", "encode it anew")
-    return base.family.tokenize(base.tokenizers, [*job.tensors.prompts, job.class_prompt])
 
 
 def _load_weights(base: Base, weights: Mapping[str, Mapping[str, Tensor]]) -> None:

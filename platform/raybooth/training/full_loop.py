@@ -16,6 +16,7 @@ from raybooth.errors import PeerLostError
 from raybooth.model.base import Base
 from raybooth.training.full import FullReport, FullRun
 from raybooth.training.full_state import FullWriter, load_full_state
+from raybooth.training.full_validation import FullValidation
 from raybooth.training.job import SlotJob
 from raybooth.training.loop import job_fields
 
@@ -41,17 +42,22 @@ def train_full(
     on_start: Callable[[int], None] = lambda train_step: None,
     on_report: Callable[[FullReport], None] = lambda report: None,
     should_stop: Callable[[], bool] = lambda: False,
+    validation: FullValidation | None = None,
 ) -> FullOutcome:
     """Train one subject on every worker of the default process group, from its checkpoint on.
 
-    A stop of any worker stops all after a last checkpoint. Raises TrainingError when the loss is
+    A stop of any worker stops all after a last checkpoint. `validation` measures between train
+    steps, may end the run early, and chooses the weights. Raises TrainingError when the loss is
     not finite or another worker failed, PeerLostError when one is gone, CheckpointError when a
     state cannot be read or written.
     """
     folder, fields = checkpoint_root / job.job_id, job_fields(base, job)
     with _peers():
         state, notes = load_full_state(folder, fields)
+        is_over = validation is not None and validation.start(state.train_step if state else 0)
         run = FullRun(base, job, state=state)
+        if is_over:
+            run.finish()
         on_start(run.train_step)
         try:
             seconds = _train(
@@ -59,8 +65,11 @@ def train_full(
                 FullWriter(folder, fields, dist.get_rank(), job.train.checkpoint),
                 on_report,
                 should_stop,
+                validation,
             )
             weights = run.weights() if run.is_finished else None
+            if weights is not None and validation is not None:
+                weights = validation.settle(weights)
             return FullOutcome(weights, tuple(run.curve), notes, seconds)
         finally:
             run.close()
@@ -71,6 +80,7 @@ def _train(
     writer: FullWriter,
     on_report: Callable[[FullReport], None],
     should_stop: Callable[[], bool],
+    validation: FullValidation | None,
 ) -> float:
     """Train steps to the end or a stop, every state on disk; returns their seconds."""
     seconds, stopped = 0.0, False
@@ -79,6 +89,8 @@ def _train(
             start = time.perf_counter()
             report = run.step(should_stop=should_stop(), trouble=writer.trouble())
             seconds += time.perf_counter() - start
+            if validation is not None and validation.after_step(run):
+                run.finish()
             stopped = report.should_stop
             on_report(report)
             if writer.is_due(report.train_step) or stopped or run.is_finished:

@@ -90,16 +90,24 @@ def test_a_full_subject_is_published_and_drawn_and_not_served(
     assert cli.main([*command, "-o", str(out), "--adapter-scale", "0.5"]) == RequestError.exit_code
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(
+def test_a_stopped_run_goes_on_bit_for_bit_and_its_validation_is_in_the_record(
     tmp_path: Path, tiny_base: Path, folders: Folders
 ) -> None:
-    survey = full_survey(tmp_path, tiny_base, folders)
+    watched = {"every_steps": 2, "held_out_images": 1, "samples": True, "keep": "best"}
+    survey = full_survey(tmp_path, tiny_base, folders, {"validation": watched})
     stopping = Mailbox()
     stopping.monitor.give(Orders(stop=True))
     assert train(survey, folders, stopping)["stopped"] == [survey.jobs[0].job_id]
     assert train(survey, folders, Mailbox())["published"] == [survey.jobs[0].job_id]
     elsewhere = Folders.at(tmp_path / "elsewhere")
     assert train(survey, elsewhere, Mailbox())["published"] == [survey.jobs[0].job_id]
+    record, other = (Store(where.store).fetch("rex@1") for where in (folders, elsewhere))
+    assert record.validation is not None
+    assert record.validation == other.validation
+    assert [point.train_step for point in record.validation.points] == [2, 4]
+    assert record.validation.held_out == (record.photos[-1].sha256,)
+    assert len(record.photos) == 3
+    assert len([name for name in record.files if name.startswith("validation-")]) == 2
     for part in ("unet", "text_encoder"):
         found, expected = (
             load_file(Store(where.store).folder("rex") / f"{part}.safetensors")

@@ -17,7 +17,9 @@ from raybooth.errors import PeerLostError
 from raybooth.model.base import Base, load_base
 from raybooth.training.full import FullRun
 from raybooth.training.full_loop import train_full
+from raybooth.training.full_validation import FullValidation
 from raybooth.training.job import SlotJob
+from raybooth.training.watched import ValidationTask
 
 CLASS_PROMPT = "a photo of a robot"
 TRAIN: dict[str, Any] = {
@@ -76,6 +78,42 @@ def resumed_and_whole(
     return [(list(outcome.curve), outcome.weights or {}) for outcome in ended]
 
 
+TWO_WORKERS: list[dict[str, Any]] = [
+    {"full": {"zero_stage": 0, "text_encoder": True}},
+    {"full": {"zero_stage": 1}, "batch_size": 3},
+    {"full": {"zero_stage": 2, "gradient_accumulation": 2}, "precision": "bf16"},
+    {"full": {"zero_stage": 3, "text_encoder": True, "offload": "all"}},
+    {"full": {"zero_stage": 3}, "optimizer": {"name": "adamw8bit"}},
+]
+WATCHED: dict[str, Any] = {
+    "num_train_steps": 9,
+    "optimizer": {"learning_rate": 0.3},  # diverges
+    "validation": {"every_steps": 1, "num_timesteps": 2, "keep": "best", "patience": 1},
+}
+
+
+def watched_whole_and_resumed(base: Base, world: int, root: Path) -> dict[str, Any]:
+    """A watched run under ZeRO 3, and one stopped after its second step and taken up again."""
+    full = {"zero_stage": 3, "num_workers": world, "text_encoder": True}
+    job = full_job(**WATCHED, full=full)
+    found: dict[str, Any] = {"steps": [], "weights": [], "records": []}
+    for name, stop_after in (("whole", 0), ("halved", 2), ("halved", 0)):
+        own = fresh(base)
+        validation = FullValidation(own, ValidationTask(job), root / name)
+        outcome = train_full(
+            own,
+            job,
+            checkpoint_root=root / name,
+            on_report=lambda report: found["steps"].append(report.train_step),
+            should_stop=(n + 1 == stop_after for n in range(9)).__next__,
+            validation=validation,
+        )
+        if outcome.weights:
+            found["weights"].append(outcome.weights)
+            found["records"].append(validation.record().model_dump())
+    return found
+
+
 def worker(
     rank: int, world: int, meeting: str, base_folder: str, cells: list[Any], out: str
 ) -> None:
@@ -85,15 +123,16 @@ def worker(
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
     base = load_base(base_folder)
     found = [losses_of(base, full_job(**cell)) for cell in cells]
-    root = Path(out).parent / "resumed"
-    resumed = [resumed_and_whole(base, stage, world, root / str(stage)) for stage in (2, 3)]
+    folder = Path(out)
+    resumed = [resumed_and_whole(base, stage, world, folder / str(stage)) for stage in (2, 3)]
+    torch.save(watched_whole_and_resumed(base, world, folder / "watched"), folder / f"rank-{rank}")
     if rank > 0:
         os._exit(0)  # the first worker goes on and meets nobody
     reason = "nobody was missed"
     try:
         job = full_job(full={"num_workers": world})
-        train_full(fresh(base), job, checkpoint_root=Path(out).parent / "checkpoints")
+        train_full(fresh(base), job, checkpoint_root=folder / "checkpoints")
     except PeerLostError as error:
         reason = str(error)
-    torch.save((found, reason, resumed), Path(out))
+    torch.save((found, reason, resumed), folder / "out")
     os._exit(0)  # a process group that broke cannot be ended

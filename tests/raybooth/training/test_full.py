@@ -10,11 +10,11 @@ import pytest
 import torch
 from tests.raybooth.training.full_jobs import (
     CLASS_PROMPT,
+    TWO_WORKERS,
     fresh,
     full_job,
     losses_of,
     one_process_group,
-    worker,
 )
 from tests.raybooth.training.jobs import spoil
 from tests.raybooth.training.test_rows import photograph_job
@@ -27,9 +27,10 @@ from raybooth.errors import CheckpointError, ConfigError, TrainingError
 from raybooth.model.base import Base, encode_prompts, load_base
 from raybooth.model.full_weights import load_full, save_full, trained_parts
 from raybooth.training import objective
-from raybooth.training.full import FullRun, split
+from raybooth.training.full import FullRun
 from raybooth.training.full_loop import train_full
 from raybooth.training.full_matrix import Cell, cell_of, cells, reason_against
+from raybooth.training.full_rows import split
 from raybooth.training.full_state import load_full_state
 from raybooth.training.pack import Pack
 
@@ -142,26 +143,13 @@ def test_stages_accumulation_and_checkpointing_change_no_loss(base: Base) -> Non
         assert torch.tensor(curve) == pytest.approx(torch.tensor(expected), rel=1e-4)
 
 
-TWO_WORKERS: list[dict[str, Any]] = [
-    {"full": {"zero_stage": 0, "text_encoder": True}},
-    {"full": {"zero_stage": 1}, "batch_size": 3},
-    {"full": {"zero_stage": 2, "gradient_accumulation": 2}, "precision": "bf16"},
-    {"full": {"zero_stage": 3, "text_encoder": True, "offload": "all"}},
-    {"full": {"zero_stage": 3}, "optimizer": {"name": "adamw8bit"}},
-]
 BOUND = 1e-4
 """Relative; the order of sums differs. bf16 rounds each row alike, 8-bit blocks fall otherwise."""
 LOOSER = {2: 1e-2, 4: 2e-2}
 
 
-def test_two_workers_lose_what_one_loses(base: Base, tiny_folder: Path, tmp_path: Path) -> None:
-    both = [merge(cell, {"full": {"num_workers": 2}}) for cell in TWO_WORKERS]
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-        worker,
-        (2, str(tmp_path / "meeting"), str(tiny_folder), both, str(tmp_path / "out")),
-        nprocs=2,
-    )
-    found, reason, resumed = torch.load(tmp_path / "out")
+def test_two_workers_lose_what_one_loses(base: Base, two_workers: Path) -> None:
+    found, reason, resumed = torch.load(two_workers / "out")
     assert "a worker of this full run was lost" in reason
     for (curve, weights), (whole_curve, whole) in resumed:  # ZeRO 2 and 3: the bound is 0
         assert curve == whole_curve

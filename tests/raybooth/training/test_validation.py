@@ -16,10 +16,12 @@ from tests.raybooth.training.test_loop import numbers, states
 from raybooth.encoders import load_clip, load_image_encoder
 from raybooth.model.base import Base
 from raybooth.pocket import world
+from raybooth.training.held_out import hold_out
 from raybooth.training.job import SlotJob
 from raybooth.training.loop import PackReport, train_pack
 from raybooth.training.pack import Pack
-from raybooth.training.validation import Validation, ValidationTask, fixed_loss, hold_out
+from raybooth.training.validation import Validation, fixed_loss
+from raybooth.training.watched import ValidationTask
 from raybooth.validation_record import ValidationRecord
 
 EVERY_2 = {"every_steps": 2, "num_timesteps": 2}
