@@ -40,7 +40,7 @@ class KeyRecord(Strict):
     id: str
     """Public: what logs, metrics and the scheduler call the key."""
 
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the secret, hexadecimal."""
 
     subjects: tuple[str, ...] = ()

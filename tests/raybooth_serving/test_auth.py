@@ -214,6 +214,9 @@ def test_subjects_of_others_are_as_if_they_were_not_there(booth: Guarded, dogles
             lambda guarded, secret, model=model: guarded.draw(secret, model),
             lambda guarded, secret, model=model: guarded.draw(secret, model, stream=True),
             lambda guarded, secret, model=model: guarded.ask("GET", f"/v1/models/{model}", secret),
+            lambda guarded, secret, model=model: guarded.draw(
+                secret, "tiny", adapters=[{"subject": "robot-c"}, {"subject": model}]
+            ),
         ):
             found, expected = ask(booth, here), ask(dogless, there)
             assert found.status_code == expected.status_code == 404, model

@@ -131,7 +131,7 @@ def test_expiries_as_people_write_them() -> None:
             parse_expiry(text)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"keys": [{}]}', '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"keys": [{}]}', '{"schema_version": 2}', "é"])
 def test_a_damaged_file_is_an_error_and_those_read_last_go_on(
     ring: Keyring, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
