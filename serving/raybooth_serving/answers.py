@@ -18,7 +18,14 @@ from raybooth.errors import (
     StoreError,
 )
 from raybooth_serving.api import ErrorDetail, ErrorResponse, ParameterError
-from raybooth_serving.errors import AuthError, DeadlineError, QueueFullError, TooLargeError
+from raybooth_serving.errors import (
+    AuthError,
+    DeadlineError,
+    KeyReusedError,
+    NoReplicaError,
+    QueueFullError,
+    TooLargeError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +34,7 @@ STATUS: tuple[tuple[type[RayBoothError], int], ...] = (
     (NotPublishedError, 404),
     (BaseModelError, 400),
     (TooLargeError, 413),
+    (KeyReusedError, 422),
     (InputError, 400),
     (QueueFullError, 429),
     (DeadlineError, 504),
@@ -56,7 +64,7 @@ def answer(error: RayBoothError) -> JSONResponse:
     """The response that `error` is."""
     status = status_of(error)
     headers: dict[str, str] = {}
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | NoReplicaError):
         headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -75,7 +83,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     """A body, query or header that does not fit its schema."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    names = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     if first["type"] == "json_invalid":
         message = f"the body is not JSON: {first['ctx']['error']}"
         return _response(400, message, None, "invalid_json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -20,3 +21,18 @@ class Caller:
 
     deadline_s: float | None = None
     """Seconds from its arrival that the answer is worth something; None: what the limits say."""
+
+
+def patience_s(asked_s: float | None, sdk_read_timeout: str | None) -> float | None:
+    """Seconds to answer in, a tenth (at most one) less than the caller waits; None: it is not said.
+
+    `asked_s` is its `x-request-timeout-seconds`, at which Ray Serve's proxy hangs up by itself;
+    `sdk_read_timeout` the `x-stainless-read-timeout` of OpenAI's clients, which says nothing where
+    it is not a number of seconds.
+    """
+    try:
+        read_s = float(sdk_read_timeout or "inf")
+    except ValueError:
+        read_s = math.inf
+    given = [s for s in (asked_s, read_s) if s is not None and 0 < s < math.inf]
+    return min((s - min(1.0, s / 10) for s in given), default=None)

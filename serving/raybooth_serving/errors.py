@@ -33,6 +33,12 @@ class ReplicaDiedError(NoReplicaError):
     code = "replica_died"
 
 
+class DrainingError(NoReplicaError):
+    """This replica finishes what it has and takes nothing more."""
+
+    code = "draining"
+
+
 class DeadlineError(ServingError):
     """A request took longer than the endpoint allows."""
 
@@ -49,6 +55,12 @@ class TooLargeError(ServingError):
     """A request body is larger than the endpoint reads."""
 
     code = "request_too_large"
+
+
+class KeyReusedError(InputError):
+    """An Idempotency-Key that belongs to another request."""
+
+    code = "idempotency_key_reused"
 
 
 class AuthError(InputError):

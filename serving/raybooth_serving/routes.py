@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
@@ -17,7 +14,6 @@ from raybooth import __version__
 from raybooth.config import AuthConfig, LimitsConfig
 from raybooth.errors import NotPublishedError, RayBoothError, ServingError
 from raybooth_serving.answers import (
-    describe,
     on_any_error,
     on_http_error,
     on_raybooth_error,
@@ -25,31 +21,20 @@ from raybooth_serving.answers import (
 )
 from raybooth_serving.api import (
     ErrorResponse,
-    ImagesRequest,
-    ImagesResponse,
     ModelCard,
     ModelList,
 )
 from raybooth_serving.auth import Gate, guest_of
 from raybooth_serving.body import BodyLimit
 from raybooth_serving.caller import Caller
+from raybooth_serving.generations import Draws, generations
 from raybooth_serving.keys import Keyring
-from raybooth_serving.streams import DONE, StreamEvent, sse, sse_error
 
 logger = logging.getLogger(__name__)
 
-NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""No proxy may hold events back."""
 
-
-class Backend(Protocol):
+class Backend(Draws, Protocol):
     """What answers: a service in this process, or replicas behind a handle."""
-
-    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse: ...
-
-    def stream(
-        self, request: ImagesRequest, caller: Caller
-    ) -> AsyncGenerator[StreamEvent, None]: ...
 
     async def models(self, with_versions: bool, caller: Caller) -> ModelList: ...
 
@@ -85,16 +70,7 @@ def make_app(
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Gate, keyring=keyring, config=auth or AuthConfig())  # last is outermost
 
-    @app.post(
-        "/v1/images/generations", response_model=ImagesResponse, response_model_exclude_none=True
-    )
-    async def generate(body: ImagesRequest, request: Request) -> ImagesResponse | StreamingResponse:
-        guest = guest_of(request)
-        caller = guest.caller()
-        with guest.spending(body.n):
-            if body.stream:
-                return await _streamed(backend.stream(body, caller))
-            return await backend.generate(body, caller)
+    app.include_router(generations(backend, limits))
 
     @app.get("/v1/models")
     async def models(request: Request, versions: bool = False) -> ModelList:
@@ -122,20 +98,3 @@ def make_app(
         return await backend.metrics()
 
     return app
-
-
-async def _streamed(events: AsyncGenerator[StreamEvent, None]) -> StreamingResponse:
-    """The events as they come; what fails before the first is answered with its own status."""
-    first = await anext(events)
-
-    async def body() -> AsyncIterator[bytes]:
-        async with aclosing(events):
-            try:
-                yield sse(first)
-                async for event in events:
-                    yield sse(event)
-            except RayBoothError as error:
-                yield sse_error(describe(error))
-            yield DONE
-
-    return StreamingResponse(body(), media_type="text/event-stream", headers=NO_CACHE)

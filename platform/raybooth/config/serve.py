@@ -59,6 +59,13 @@ class LimitsConfig(Strict):
     """HTTP requests in progress at one gateway."""
 
     timeout_s: float = Field(600.0, gt=0)
+    """A request that says no time of its own, or a longer one, gets this."""
+
+    max_kept_answers: int = Field(256, ge=0)
+    """Answers to requests with an Idempotency-Key, kept at one gateway to be given again."""
+
+    max_kept_bytes: int = Field(256 * 2**20, ge=0)
+    keep_answers_s: float = Field(600.0, ge=0)
 
 
 class PicturesConfig(Strict):
