@@ -1,7 +1,7 @@
 """What others do with requests of many subjects, each in the best form that we know of.
 
-All keep every adapter in memory and are given the prompts' embeddings; none reads a disk or
-encodes a text in a turn. A batch is closed when it starts, and is of at most MAX_ROWS images.
+All have their adapters in memory and are given the prompts' embeddings; none reads a disk or
+encodes a text on the clock. A batch is closed when it starts, and is of at most MAX_ROWS images.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Peer:
 
     def run(self, arrivals: Sequence[Arrival]) -> Ran:
         """Serve them in order of arrival."""
+        self.prepare({each.subject for each in arrivals})
         clock, pending, served = CpuClock(), list(arrivals), list[Served]()
         while pending:
             clock.skip_to(pending[0].at_s)
@@ -61,6 +62,9 @@ class Peer:
             pending = [each for each in pending if each not in batch]
             served += self._serve(batch, clock)
         return Ran(served, clock.busy())
+
+    def prepare(self, subjects: set[int]) -> None:
+        """Have their adapters in memory, before the clock starts."""
 
     def batch(self, arrived: Sequence[Arrival]) -> list[Arrival]:
         """Of those waiting, in order of arrival: who goes now. Here the oldest's own subject."""
@@ -130,14 +134,18 @@ class Merged(Peer):
 
     def __init__(self, base: Base, states: Sequence[State]) -> None:
         super().__init__(base)
-        plain = self.pipe.unet
-        self.denoisers = []
-        for state in states:
-            self.pipe.unet = copy.deepcopy(plain)
-            self.pipe.load_lora_weights(dict(state), adapter_name=_name(0))
+        self.states = states
+        self.plain = self.pipe.unet
+        self.denoisers: dict[int, Any] = {}
+
+    def prepare(self, subjects: set[int]) -> None:
+        """Fuse those that are not; they stay."""
+        for subject in sorted(subjects - self.denoisers.keys()):
+            self.pipe.unet = copy.deepcopy(self.plain)
+            self.pipe.load_lora_weights(dict(self.states[subject]), adapter_name=_name(0))
             self.pipe.fuse_lora()
             self.pipe.unload_lora_weights()
-            self.denoisers.append(self.pipe.unet)
+            self.denoisers[subject] = self.pipe.unet
 
     @contextmanager
     def ready(self, batch: Sequence[Arrival]) -> Iterator[None]:
@@ -156,8 +164,16 @@ class MixedByPeft(Peer):
 
     def __init__(self, base: Base, states: Sequence[State]) -> None:
         super().__init__(base)
-        for index, state in enumerate(states):
-            self.pipe.load_lora_weights(dict(state), adapter_name=_name(index))
+        self.states = states
+        self.loaded: set[int] = set()
+        self.layers: list[LoraLayer] = []
+
+    def prepare(self, subjects: set[int]) -> None:
+        """Load those that are not; they stay, and cost nothing while no row is theirs."""
+        for subject in sorted(subjects - self.loaded):
+            state = dict(self.states[subject])
+            self.pipe.load_lora_weights(state, adapter_name=_name(subject))
+        self.loaded |= subjects
         modules = self.pipe.unet.modules()
         self.layers = [module for module in modules if isinstance(module, LoraLayer)]
 

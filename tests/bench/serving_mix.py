@@ -98,21 +98,16 @@ def run(rounds: int) -> list[TableReport]:
         states = _states(Path(name), adapters)
         config = EngineConfig(num_slots=NUM_SLOTS, max_rank=RANK)
         endpoint = Endpoint(base, Path(name) / "models", adapters, config)
+        merged, mixed = Merged(base, states), MixedByPeft(base, states)
+        ours, plain = Ours(endpoint), Ours(endpoint, plain=True)
         for subjects in SUBJECTS:
-            own = states[:subjects]
-            systems: list[System] = [
-                Swapping(base, own),
-                Merged(base, own),
-                MixedByPeft(base, own),
-                Ours(endpoint),
-                Ours(endpoint, plain=True),
-            ]
+            swapping = Swapping(base, states[:subjects])
+            systems: list[System] = [swapping, merged, mixed, ours, plain]
             capacity = _capacity(systems[0], subjects)
             notes.append(f"{subjects} subjects: load 1 is {capacity:.2f} images/s.")
             if subjects == 4:
                 notes += _same_pictures(systems[:-1])
             _measure(systems, subjects, capacity, rounds, cells)
-            del systems
         endpoint.close()
     return _reports(cells, notes)
 
