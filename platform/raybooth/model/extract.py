@@ -2,8 +2,8 @@
 
 Everything is computed in fp64 and measured on the fp32 pairs that are saved.
 
-Shapes: R rank, O outputs, M inputs (of a convolution: inputs x kernel), T timesteps, N prompts,
-C H W latents.
+Shapes: R rank, O outputs, M inputs (of a convolution: inputs x kernel), K the lesser of both and L
+the greater, T timesteps, N prompts, C H W latents.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from raybooth.model.text_adapter import TextAdapter
 
 NUM_TIMESTEPS = 4
 """Places, evenly spread, at which outputs are compared."""
+
+TINY = 1e-30
+"""Keeps an empty direction from being divided by zero."""
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 """By part of the base, by the module's own names."""
@@ -175,15 +178,26 @@ def _deltas(
 
 
 def _nearest(delta_OM: Tensor, site: Site, rank: int) -> tuple[LoraPair, Tensor]:
-    """The pair of the greatest singular values, sqrt of each on both sides; their energies [R]."""
-    u_OK, s_K, v_KM = torch.linalg.svd(delta_OM, full_matrices=False)
-    s_R = s_K[:rank].cpu()
-    root_R = s_R.sqrt()
-    down = (root_R[:, None] * v_KM[:rank].cpu()).float()
-    up = (u_OK[:, :rank].cpu() * root_R).float()
+    """The pair of the greatest singular values, sqrt of each on both sides; their energies [R].
+
+    The singular vectors of the shorter side are eigenvectors of its Gram matrix: many times faster
+    than an SVD, and in fp64 as good for all that is above 1e-8 of the greatest singular value.
+    """
+    wide = delta_OM.shape[0] <= delta_OM.shape[1]
+    short_KL = delta_OM if wide else delta_OM.T
+    vectors_KK = torch.linalg.eigh(short_KL @ short_KL.T).eigenvectors
+    side_KR = vectors_KK[:, -rank:].flip(1)
+    other_RL = side_KR.T @ short_KL
+    s_R = other_RL.norm(dim=1)
+    root_R = s_R.sqrt().clamp_min(TINY)
+    halves = side_KR * root_R, other_RL / root_R[:, None]
+    up, down = halves if wide else (halves[1].T, halves[0].T)
     kept = len(s_R)
-    pair = LoraPair(down.reshape(site.down_shape(kept)), up.reshape(site.up_shape(kept)))
-    return pair, s_R.square()
+    pair = LoraPair(
+        down.float().cpu().reshape(site.down_shape(kept)).contiguous(),
+        up.float().cpu().reshape(site.up_shape(kept)).contiguous(),
+    )
+    return pair, s_R.square().cpu()
 
 
 def _least_rank(share_R: Tensor, energy: float) -> int:
