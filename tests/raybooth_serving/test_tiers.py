@@ -1,0 +1,122 @@
+"""Store, host memory, slot: what is damaged, deleted or away harms its own requests alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from raybooth.config import EngineConfig, ServeConfig, ServedBase
+from raybooth.errors import NotPublishedError, StoreError
+from raybooth.model.base import Base
+from raybooth.store import AdapterRecord, Store
+from raybooth_serving.api import ImagesRequest
+from raybooth_serving.caller import Caller
+from raybooth_serving.engine import Engine
+from raybooth_serving.errors import StoreAwayError
+from raybooth_serving.orders import Order, Part
+from raybooth_serving.service import Service
+from tests.raybooth_serving.published import weights_of
+
+SERVED = ServedBase(
+    engine=EngineConfig(num_slots=2, max_rank=4, row_buckets=(4,), max_host_adapters=1)
+)
+
+
+def run(base: Base, store: Store, act: Callable[[Service], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        service = Service(base, store, ServeConfig(bases=(SERVED,)), SERVED)
+        try:
+            await act(service)
+        finally:
+            await service.engine.close()
+
+    asyncio.run(inside())
+
+
+async def draw(service: Service, model: str, **body: Any) -> str:
+    """The image's pixels, in short."""
+    body = {"model": model, "prompt": "a photo of sks dog", "seed": 1, **body}
+    request = ImagesRequest.model_validate({"num_inference_steps": 3, **body})
+    (data,) = (await service.generate(request, Caller())).data
+    return data.receipt.pixels_sha256
+
+
+def test_a_damaged_and_a_deleted_adapter_fail_alone_in_a_mixed_batch(
+    base: Base, store: Store
+) -> None:
+    """One file is truncated, one removed after its name was resolved."""
+
+    async def act(service: Service) -> None:
+        alone = [await draw(service, model) for model in ("dog-a", "tiny")]
+        lost = service.catalog.resolve("robot-c")
+        assert lost is not None
+        store.delete("robot-c")
+        cut = store.fetch("dog-b")
+        assert isinstance(cut, AdapterRecord)
+        os.truncate(weights_of(store, cut), 1000)
+        sample = service._samples(ImagesRequest(model="tiny", prompt="a dog"), ())[0]
+        found = await asyncio.gather(
+            draw(service, "dog-a"),
+            service.engine.generate(Order((sample,), (Part(lost),))),
+            draw(service, "dog-b"),
+            draw(service, "tiny"),
+            draw(service, "tiny", adapters=[{"subject": "dog-a"}, {"subject": "dog-b"}]),
+            return_exceptions=True,
+        )
+        assert [found[0], found[3]] == alone
+        assert isinstance(found[1], NotPublishedError)
+        for failed in (found[2], found[4]):
+            assert isinstance(failed, StoreError)
+            assert "dog-b@1 are damaged" in failed.what
+
+    run(base, store, act)
+
+
+def test_residents_go_on_while_the_store_is_away(base: Base, store: Store) -> None:
+    """dog-a is in its slot alone, dog-b in host memory as well; robot-c is nowhere."""
+
+    async def act(service: Service) -> None:
+        await draw(service, "robot-c")
+        before = [await draw(service, model) for model in ("dog-a", "dog-b")]
+        assert service.engine.metrics.host_adapters == 1
+        aside = store.root.with_name("aside")
+        store.root.rename(aside)
+        assert [await draw(service, model) for model in ("dog-a", "dog-b")] == before
+        with pytest.raises(StoreAwayError, match="robot-c@1 is not in memory"):
+            await draw(service, "robot-c")
+        with pytest.raises(StoreAwayError, match="vase-d is not in memory"):
+            await draw(service, "vase-d")
+        assert (await service.metrics())["store_away_requests"] == 4
+        aside.rename(store.root)
+        assert await draw(service, "vase-d")
+
+    run(base, store, act)
+
+
+def test_a_deleted_subject_leaves_nothing_behind(base: Base, store: Store) -> None:
+    async def act(service: Service) -> None:
+        engine = service.engine
+        both = [{"subject": "dog-a", "scale": 0.5}, {"subject": "dog-b", "scale": 0.5}]
+        await draw(service, "dog-b")
+        await draw(service, "tiny", adapters=both)
+        assert _slots(engine) == ["dog-b", "dog-a+dog-b"]
+        store.delete("dog-a")
+        for _ in range(2):
+            with pytest.raises(NotPublishedError):
+                await draw(service, "dog-a")
+            assert await draw(service, "dog-b")
+        assert _slots(engine) == ["dog-b"]
+        (kept,) = engine.slots.residents
+        norms_S = engine.bank.flat_SP.norm(dim=1).tolist()
+        assert [slot for slot, norm in enumerate(norms_S) if norm] == [kept.slot]
+
+    run(base, store, act)
+
+
+def _slots(engine: Engine) -> list[str]:
+    names = [resident.adapter for resident in engine.slots.residents]
+    return ["+".join(each.partition("@")[0] for each in name.split("+")) for name in names]
