@@ -37,6 +37,9 @@ PURE_MODULES = (
     "raybooth_serving.api",
     "raybooth_serving.slots",
     "raybooth_serving.scheduler",
+    "raybooth_serving.shares",
+    "raybooth_serving.step_profile",
+    "raybooth_serving.forecast",
 )
 RAY_FILES = {
     "platform/raybooth/fleet/dispatcher.py",

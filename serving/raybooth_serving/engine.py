@@ -4,7 +4,7 @@
           -> leave -> decode and encode
 
 The loop's task does one denoise step at a time on a thread of its own (the tick). Preparing and
-finishing have their own threads, so that nothing but slot writes and denoiser calls is ever on
+decoding have their own threads, so that nothing but slot writes and denoiser calls is ever on
 the tick. The scheduler decides; this file acts.
 """
 
@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TypeVar
@@ -27,24 +26,31 @@ from raybooth.errors import RayBoothError, ServingError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
 from raybooth.model.lora import find_sites
-from raybooth.model.sampler import Row, denoise_step, row_image, start_row
 from raybooth.store import Store
-from raybooth_serving.errors import QueueFullError
+from raybooth_serving.decoding import Decoder
+from raybooth_serving.errors import DeadlineError, QueueFullError
 from raybooth_serving.flight import Flight
-from raybooth_serving.loader import HostAdapter, Loader, is_of
+from raybooth_serving.forecast import Work, backlog_s, expected_s
+from raybooth_serving.loader import Loader
 from raybooth_serving.metrics import EngineMetrics, StepReport
 from raybooth_serving.orders import GeneratedImage, Order
+from raybooth_serving.preparation import Preparation
 from raybooth_serving.prompts import PromptCache
+from raybooth_serving.residency import Residency
 from raybooth_serving.scheduler import (
     Join,
+    Lane,
     RunningImage,
-    Size,
     StepPlan,
-    WaitingImage,
+    choose_bucket,
+    count_step,
     plan_joins,
     plan_step,
 )
+from raybooth_serving.shares import Shares
 from raybooth_serving.slots import SlotTable
+from raybooth_serving.step_profile import StepProfile
+from raybooth_serving.timing import calibrate, timed_step
 
 Result = TypeVar("Result")
 
@@ -76,58 +82,56 @@ class Engine:
             rank=config.max_rank,
             num_slots=config.num_slots,
             device=base.device,
+            dtype=base.dtype,
         )
-        self.slots = SlotTable(config.num_slots)
-        self._in_slots: dict[int, HostAdapter] = {}
-        """Held, so that the loader finds them without the store."""
-
-        self._deleted: list[str] = []
+        self.residency = Residency(config.num_slots)
+        self.profile = StepProfile(config.row_buckets, config.max_step_s)
+        if config.calibrate:
+            calibrate(base, self.bank, self.profile)
+        self._shares, self._turns = Shares(), Shares()
         self._keys = count()
-        self._num_preparing = 0
+        self._preparing: dict[int, list[Work]] = {}
         self._waiting: dict[int, Flight] = {}
         self._running: dict[int, Flight] = {}
-        self._finishing: set[asyncio.Task[None]] = set()
-        self._last_turns: dict[Size, int] = {}
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._tick = ThreadPoolExecutor(1, "denoise")
-        self._prepare = ThreadPoolExecutor(1, "prepare")
-        self._finish = ThreadPoolExecutor(1, "finish")
+        self._preparation = Preparation(
+            base, self.bank, self.loader, self.prompts, most_rows=config.row_buckets[-1]
+        )
+        self._decoder = Decoder(base, self._succeed, self._fail)
 
     async def generate(self, order: Order) -> list[GeneratedImage]:
         """The images of `order`, one for each sample, in their order.
 
-        Raises QueueFullError at once when the queue has no room for all of them, and whatever
-        makes an image impossible (RequestError, BaseModelError, StoreError, ServingError).
-        A caller that goes away takes its images out of the batch at the next denoise step.
+        Raises QueueFullError at once when the queue has no room for all of them, DeadlineError at
+        once when they cannot be ready in time and later when they are not, and whatever makes an
+        image impossible (RequestError, BaseModelError, StoreError, ServingError). A caller that
+        goes away takes its images out of the batch at the next denoise step.
         """
         self.check_health()
         arrived = time.monotonic()
-        self._admit(len(order.samples))
-        images: list[Flight] = []
+        work = self._preparation.work(order)
+        self._admit(order, work)
+        deadline = order.deadline
+        left_s = None if deadline is None else max(0.0, deadline - arrived)
         try:
-            try:
-                adapter, rows = await self._on(self._prepare, lambda: self._ready(order))
-                self.check_health()
-            except RayBoothError:
-                self.metrics.images_failed += len(order.samples)
-                raise
-            finally:
-                self._num_preparing -= len(order.samples)
-            images = [self._enqueue(order, i, adapter, row, arrived) for i, row in enumerate(rows)]
-            self._start_loop()
-            return list(await asyncio.gather(*(image.done for image in images)))
-        finally:
-            for image in images:
-                image.done.cancel()
-            self._wake.set()
+            async with asyncio.timeout(left_s):
+                return await self._make(order, work, arrived)
+        except TimeoutError as error:
+            raise _too_late() from error
+
+    @property
+    def slots(self) -> SlotTable:
+        """Which adapter sits in which slot."""
+        return self.residency.table
 
     def forget(self, subject_id: str) -> None:
-        """Let go of a deleted subject: in memory at once, in slots as rows leave; any thread."""
+        """Let go of a deleted subject: in memory at once, in slots as images leave; any thread."""
         self.loader.forget(subject_id)
         self.prompts.forget(subject_id)
-        self._deleted.append(subject_id)
+        self.residency.forget(subject_id)
         if self._loop is not None:
             self._loop.get_loop().call_soon_threadsafe(self._wake.set)
 
@@ -141,27 +145,26 @@ class Engine:
         """Stop the loop, fail what is in flight, take the bank off the denoiser."""
         if self._loop is not None:
             self._loop.cancel()
-            await asyncio.gather(self._loop, *self._finishing, return_exceptions=True)
-        for executor in (self._tick, self._prepare, self._finish):
-            executor.shutdown()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        self._tick.shutdown()
+        self._preparation.close()
+        await self._decoder.close()
         self.bank.detach()
 
     def snapshot(self) -> dict[str, float]:
         """The counters now."""
-        self.metrics.images_waiting = len(self._waiting) + self._num_preparing
+        self.metrics.images_waiting = self._num_waiting()
         self.metrics.images_running = len(self._running)
         self.metrics.backlog_s = self.backlog_s()
         return self.metrics.snapshot()
 
     def backlog_s(self) -> float:
-        """Seconds until all that waits and runs is denoised, by the mean step so far."""
-        images = [*self._waiting.values(), *self._running.values()]
-        steps = sum(image.num_steps_left for image in images) / max(self.config.row_buckets)
-        return steps * self.metrics.step_seconds / max(1, self.metrics.denoise_steps)
+        """Seconds until all that was asked for is denoised, by the step profile."""
+        return backlog_s(self._backlog(), self.profile) or 0.0
 
     def fullness(self) -> float:
         """Rows in use over those of the largest bucket."""
-        return len(self._running) / max(self.config.row_buckets)
+        return sum(i.row.num_rows for i in self._running.values()) / self.config.row_buckets[-1]
 
     def retry_after_s(self) -> int:
         """When a refused caller may come again: once the backlog is done, within two minutes."""
@@ -169,43 +172,56 @@ class Engine:
 
     # Admission and preparation
 
-    def _admit(self, num_images: int) -> None:
-        num_queued = self._num_preparing + len(self._waiting)
+    def _admit(self, order: Order, work: Sequence[Work]) -> None:
+        num_images = len(work)
+        beyond = max(0, len(self._running) - self.config.row_buckets[-1])
+        num_queued = self._num_waiting() + self._decoder.num_finishing + beyond
         if num_queued + num_images > self.config.max_queued_images:
             self.metrics.images_refused += num_images
             found = f"{num_queued} of {self.config.max_queued_images} images waiting"
             after = self.retry_after_s()
             raise QueueFullError("the queue is full", found, f"try again in {after} s", after)
+        if order.deadline is not None and work:
+            left_s = order.deadline - time.monotonic()
+            needed_s = expected_s(work, self._backlog(), self.profile)
+            if needed_s is not None and needed_s + self._decoder.seconds > left_s:
+                self.metrics.images_refused += num_images
+                found = f"about {needed_s + self._decoder.seconds:.1f} s, {left_s:.1f} s left"
+                do = "allow more time, or ask for fewer or smaller images"
+                raise DeadlineError("the images cannot be ready in time", found, do)
         self.metrics.images_accepted += num_images
-        self._num_preparing += num_images
 
-    def _ready(self, order: Order) -> tuple[HostAdapter | None, list[Row]]:
-        """The adapter in host memory and each image's row at its first noise."""
-        adapter = self.loader.load(order.parts) if order.parts else None
-        scale = order.parts[0].scale if len(order.parts) == 1 else 1.0
-        zero_snr = any(part.record.zero_terminal_snr for part in order.parts)
-        rows = []
-        for sample in order.samples:
-            request = replace(
-                sample,
-                adapter_scale=sample.adapter_scale * scale,
-                zero_terminal_snr=sample.zero_terminal_snr or zero_snr,
-            )
-            cond, uncond = (
-                self.prompts.encode(prompt, adapter, request.adapter_scale)
-                for prompt in (request.prompt, request.negative_prompt)
-            )
-            rows.append(start_row(self.base, request, cond=cond, uncond=uncond))
-        return adapter, rows
-
-    def _enqueue(
-        self, order: Order, index: int, adapter: HostAdapter | None, row: Row, arrived: float
-    ) -> Flight:
-        done: asyncio.Future[GeneratedImage] = asyncio.get_running_loop().create_future()
+    async def _make(self, order: Order, work: list[Work], arrived: float) -> list[GeneratedImage]:
+        images: list[Flight] = []
         key = next(self._keys)
-        image = Flight(key, order, index, row, adapter, done, arrived, time.monotonic())
-        self._waiting[key] = image
-        return image
+        self._preparing[key] = work
+        try:
+            try:
+                ready = await self._preparation.ready(order, self.residency.adapters)
+                self.check_health()
+            except RayBoothError:
+                self.metrics.images_failed += len(work)
+                raise
+            finally:
+                del self._preparing[key]
+            for index, row in enumerate(ready.rows):
+                image = Flight(next(self._keys), order, index, row, ready, arrived)
+                images.append(image)
+                self._waiting[image.key] = image
+            self._start_loop()
+            return list(await asyncio.gather(*(image.done for image in images)))
+        finally:
+            for image in images:
+                image.done.cancel()
+            self._wake.set()
+
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._preparing.values())) + len(self._waiting)
+
+    def _backlog(self) -> list[Work]:
+        flights = (*self._waiting.values(), *self._running.values())
+        begun = [Work(i.order.tenant, i.lane, i.row.num_rows, i.num_steps_left) for i in flights]
+        return [*(item for work in self._preparing.values() for item in work), *begun]
 
     # The loop
 
@@ -219,13 +235,18 @@ class Engine:
         """Whatever ended the loop: nobody may wait for a dead one."""
         self._failure = asyncio.CancelledError() if loop.cancelled() else loop.exception()
         found = f"{type(self._failure).__name__}: {self._failure}"
-        self._fail_all(ServingError("the engine has stopped", found, "try again"))
+        error = ServingError("the engine has stopped", found, "try again")
+        for image in [*self._waiting.values(), *self._running.values()]:
+            self._fail(image, error)
+        self._waiting.clear()
+        self._running.clear()
 
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            self._drop_cancelled()
-            await self._clear_deleted()
+            self._drop_ended()
+            for slot in self.residency.free_deleted():
+                await self._on_tick(partial(self.bank.clear, slot))
             if self._waiting or self._running:
                 await self._advance()
             else:
@@ -233,140 +254,134 @@ class Engine:
                 await self._wake.wait()
 
     async def _advance(self) -> None:
-        """Let images join, then do one denoise step of one size."""
-        waiting = [WaitingImage(i.key, i.size, i.adapter_name) for i in self._waiting.values()]
-        plan = plan_joins(waiting, self._in_batch(), self.slots, max(self.config.row_buckets))
-        self.slots = plan.table
-        joining = [(join, self._waiting.pop(join.key)) for join in plan.joins]
-        for join, image in joining:
-            image.row.slot = join.slot
-            self._running[image.key] = image
-            self._count_join(join, image)
-        broken = await self._on(self._tick, lambda: self._write_slots(joining))
-        for _, image in joining:
-            if image.adapter_name in broken:
-                self._fail(self._leave(image.key), broken[image.adapter_name])
-        for name in broken:
-            self.slots = self.slots.forget(name)
-        step = plan_step(self._in_batch(), self.config.row_buckets, self._last_turns)
-        if step is None:
-            return
+        """Let images join, then do one denoise step of one lane."""
+        waiting = [image.waiting for image in self._waiting.values()]
+        plan = plan_joins(waiting, self._in_batch(), self.slots, self._row_limit, self._shares)
+        self.residency.begin(plan)
+        self._shares = plan.shares
+        joined = [(join, self._join(join)) for join in plan.joins]
+        running = self._in_batch()
+        step = plan_step(running, self.config.row_buckets, self._row_limit, self._turns)
+        assert step is not None, "images wait, but none can join an empty batch"
         images = [self._running[key] for key in step.keys]
-        started = time.perf_counter()
-        await self._on(self._tick, lambda: self._denoise(step, images))
-        self._last_turns[step.size] = self.metrics.denoise_steps
-        self.metrics.record_step(self._report(step, images, time.perf_counter() - started))
+        seconds = await self._on_tick(lambda: self._step(joined, images, step.bucket))
+        if seconds is None:
+            self._run_out(step, images)
+            return
+        self.profile.record(step.bucket, step.lane.pixels, seconds)
+        self._turns = count_step(self._turns, running, step.lane, seconds)
+        self.metrics.record_step(self._report(step, images, seconds))
         for image in images:
             image.stepped(step.bucket)
             if image.row.index == 1:
                 self.metrics.first_steps += 1
                 self.metrics.first_step_seconds += time.monotonic() - image.arrived
+            partial_index = image.partial_index()
+            if partial_index is not None:
+                self._decoder.show(image, partial_index)
             if image.row.done:
                 self._leave(image.key)
-                task = asyncio.create_task(self._finish_image(image))
-                self._finishing.add(task)
-                task.add_done_callback(self._finishing.discard)
+                self._decoder.finish(image)
 
-    async def _clear_deleted(self) -> None:
-        """Zero the slots of deleted subjects; those with rows in flight when these are done."""
-        deleted, self._deleted = self._deleted, []
-        for subject_id in deleted:
-            held = [r for r in self.slots.residents if is_of(r.adapter, subject_id)]
-            for resident in held:
-                if resident.num_pins == 0:
-                    self.slots = self.slots.forget(resident.adapter)
-                    self._in_slots.pop(resident.slot, None)
-                    await self._on(self._tick, partial(self.bank.clear, resident.slot))
-            if any(resident.num_pins for resident in held):
-                self._deleted.append(subject_id)
+    def _drop_ended(self) -> None:
+        """Images whose caller is gone, that have failed, or that cannot be ready in time."""
+        for image in [*self._waiting.values(), *self._running.values()]:
+            if not image.done.done() and self._is_late(image):
+                self._fail(image, _too_late())
+            if image.done.done():
+                self.metrics.images_cancelled += image.done.cancelled()
+                if self._waiting.pop(image.key, None) is None:
+                    self._leave(image.key)
 
-    def _drop_cancelled(self) -> None:
-        for key in [key for key, image in self._waiting.items() if image.done.done()]:
-            del self._waiting[key]
-            self.metrics.images_cancelled += 1
-        for key in [key for key, image in self._running.items() if image.done.done()]:
-            self._leave(key)
-            self.metrics.images_cancelled += 1
+    def _is_late(self, image: Flight) -> bool:
+        if image.order.deadline is None:
+            return False
+        bucket = image.lane.bucket or choose_bucket(image.row.num_rows, self.config.row_buckets)
+        step_s = self.profile.seconds(bucket, image.lane.pixels) or 0.0
+        return time.monotonic() + image.num_steps_left * step_s > image.order.deadline
+
+    def _join(self, join: Join) -> Flight:
+        image = self._waiting.pop(join.key)
+        self._running[image.key] = image
+        image.row.slot = join.slot
+        self.metrics.images_joined += 1
+        self.metrics.queue_wait_seconds += time.monotonic() - image.since
+        adapter = image.ready.adapter
+        if adapter is not None:
+            self.residency.join(join, adapter)
+            self.metrics.slot_loads += join.is_load
+            self.metrics.slot_hits += not join.is_load
+            self.metrics.slot_evictions += join.evicted is not None
+        return image
+
+    def _leave(self, key: int) -> None:
+        """Out of the batch; its tenant gets back what it did not use."""
+        image = self._running.pop(key)
+        self._shares = self._shares.refund(image.order.tenant, image.waiting.cost)
+        if image.adapter_name is not None:
+            self.residency.leave(image.adapter_name)
+
+    def _row_limit(self, lane: Lane) -> int:
+        return lane.bucket or self.profile.row_limit(lane.pixels)
 
     def _in_batch(self) -> list[RunningImage]:
-        return [
-            RunningImage(i.key, i.size, i.adapter_name, i.num_steps_left)
-            for i in self._running.values()
-        ]
+        return [image.running for image in self._running.values()]
 
-    def _leave(self, key: int) -> Flight:
-        image = self._running.pop(key)
-        if image.adapter_name is not None:
-            self.slots = self.slots.unpin(image.adapter_name)
-        return image
+    def _run_out(self, step: StepPlan, images: Sequence[Flight]) -> None:
+        """No memory for the step: the next ones have fewer rows, where there can be fewer."""
+        self.metrics.steps_out_of_memory += 1
+        self.profile.run_out(step.bucket, step.lane.pixels)
+        if self._row_limit(step.lane) < step.bucket:
+            return
+        found, do = (
+            f"{step.bucket} rows of {step.lane.pixels} latent pixels",
+            "ask for a smaller one",
+        )
+        for image in images:
+            self._fail(image, ServingError("the image does not fit the memory", found, do))
 
     # On the tick's thread
 
-    def _write_slots(self, joining: Sequence[tuple[Join, Flight]]) -> dict[str, RayBoothError]:
-        """Write the adapters that are not in the bank yet; those that do not fit, by name."""
-        broken: dict[str, RayBoothError] = {}
-        for join, image in joining:
-            if image.adapter is not None and join.is_load:
-                try:
-                    self.bank.write(join.slot, image.adapter.tensors)
-                    self._in_slots[join.slot] = image.adapter
-                except RayBoothError as error:
-                    self.bank.clear(join.slot)
-                    broken[image.adapter.name] = error
-        return broken
+    async def _on_tick(self, act: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._tick, act)
 
-    def _denoise(self, step: StepPlan, images: Sequence[Flight]) -> None:
-        denoise_step(self.base, self.bank, [image.row for image in images], step.bucket)
+    def _step(
+        self, joined: Sequence[tuple[Join, Flight]], images: Sequence[Flight], bucket: int
+    ) -> float | None:
+        """Write the adapters that are not in the bank yet, denoise; None when memory runs out."""
+        for join, image in joined:
+            if join.is_load:
+                image.ready.write(self.bank, join.slot)
+        try:
+            return timed_step(self.base, self.bank, [image.row for image in images], bucket)
+        except torch.OutOfMemoryError:
+            return None
 
     # Leaving
 
-    async def _finish_image(self, image: Flight) -> None:
-        try:
-            picture = await self._on(self._finish, lambda: self._encode(image))
-        except RayBoothError as error:
-            self._fail(image, error)
-            return
+    def _succeed(self, image: Flight, picture: bytes) -> None:
         if not image.done.done():
             self.metrics.images_finished += 1
             image.done.set_result(GeneratedImage(picture, image.finished()))
 
-    def _encode(self, image: Flight) -> bytes:
-        if not torch.isfinite(image.row.latents_CHW).all():
-            do = "lower guidance_scale or adapter_scale; if it stays, train the subject again"
-            raise ServingError("the image came out as no numbers", "NaN or infinity", do)
-        return image.order.encode(row_image(self.base, image.row), image.finished())
-
-    def _fail(self, image: Flight, error: RayBoothError) -> None:
+    def _fail(self, image: Flight, error: BaseException) -> None:
         if not image.done.done():
             self.metrics.images_failed += 1
             image.done.set_exception(error)
 
-    def _fail_all(self, error: ServingError) -> None:
-        for image in [*self._waiting.values(), *self._running.values()]:
-            self._fail(image, error)
-        self._waiting.clear()
-        self._running.clear()
-        self.slots = SlotTable(self.config.num_slots)
-
-    def _count_join(self, join: Join, image: Flight) -> None:
-        self.metrics.images_joined += 1
-        self.metrics.queue_wait_seconds += time.monotonic() - image.since
-        if join.adapter is not None:
-            self.metrics.slot_loads += join.is_load
-            self.metrics.slot_hits += not join.is_load
-            self.metrics.slot_evictions += join.evicted is not None
-
     def _report(self, step: StepPlan, images: Sequence[Flight], seconds: float) -> StepReport:
         return StepReport(
-            num_rows=len(images),
+            num_rows=sum(image.row.num_rows for image in images),
             bucket=step.bucket,
             num_subjects=len({image.adapter_name for image in images}),
             seconds=seconds,
             num_waiting=len(self._waiting),
             num_running=len(self._running),
             num_images=sum(1 / image.row.plan.num_steps for image in images),
-            size="x".join(str(side * self.base.vae_scale_factor) for side in reversed(step.size)),
+            size="x".join(str(s * self.base.vae_scale_factor) for s in reversed(step.lane.size)),
         )
 
-    async def _on(self, executor: ThreadPoolExecutor, act: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(executor, act)
+
+def _too_late() -> DeadlineError:
+    do = "allow more time, or ask for fewer or smaller images"
+    return DeadlineError("the images took too long", "past their deadline", do)

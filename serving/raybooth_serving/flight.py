@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from raybooth.model.sampler import Row
-from raybooth_serving.loader import HostAdapter
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Progress
-from raybooth_serving.scheduler import Size
+from raybooth_serving.preparation import Ready
+from raybooth_serving.scheduler import Lane, RunningImage, WaitingImage
 
 
 @dataclass(eq=False, slots=True)
@@ -19,30 +20,59 @@ class Flight:
     order: Order
     index: int
     row: Row
-    adapter: HostAdapter | None
-    done: asyncio.Future[GeneratedImage]
+    ready: Ready
     arrived: float
-    since: float
-    """time.monotonic() when its order came, and when it began to wait."""
+    """time.monotonic() when its order came in."""
+
+    done: asyncio.Future[GeneratedImage] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    since: float = field(default_factory=time.monotonic)
+    """When it began to wait."""
 
     trace: list[tuple[int, int]] = field(default_factory=list)
     """(bucket, denoise steps in it)."""
 
+    partials: list[asyncio.Task[None]] = field(default_factory=list)
+
     @property
     def adapter_name(self) -> str | None:
         """Name and content of the adapter that its slot holds."""
-        return None if self.adapter is None else self.adapter.name
+        return None if self.ready.adapter is None else self.ready.adapter.name
 
     @property
-    def size(self) -> Size:
-        """(height, width) of its latents."""
+    def lane(self) -> Lane:
+        """Whom it may share a denoiser call with."""
         height, width = self.row.latents_CHW.shape[1:]
-        return height, width
+        return Lane((height, width), self.order.bucket)
 
     @property
     def num_steps_left(self) -> int:
         """Denoise steps to do."""
         return self.row.plan.num_steps - self.row.index
+
+    @property
+    def waiting(self) -> WaitingImage:
+        """As the scheduler sees it before it joins."""
+        row, tenant = self.row, self.order.tenant
+        return WaitingImage(
+            self.key, self.lane, self.adapter_name, tenant, row.num_rows, self.num_steps_left
+        )
+
+    @property
+    def running(self) -> RunningImage:
+        """As the scheduler sees it in the batch."""
+        row, tenant = self.row, self.order.tenant
+        return RunningImage(
+            self.key, self.lane, self.adapter_name, self.num_steps_left, tenant, row.num_rows
+        )
+
+    def partial_index(self) -> int | None:
+        """Which partial image is due after the denoise steps that are done, if any."""
+        wanted, num_steps = self.order.partial_images, self.row.plan.num_steps
+        due = [num_steps * (place + 1) // (wanted + 1) for place in range(wanted)]
+        steps = sorted({step for step in due if 0 < step < num_steps})
+        return steps.index(self.row.index) if self.row.index in steps else None
 
     def stepped(self, bucket: int) -> None:
         """Note a denoise step in `bucket` and tell it."""

@@ -91,6 +91,12 @@ class Loader:
         finally:
             self._count()
 
+    def holds(self, parts: Sequence[Part]) -> bool:
+        """Whether `load` of these would need no store now."""
+        name = adapter_name(parts[0].record) if len(parts) == 1 else composed_name(parts)
+        with self._lock:
+            return name in self._alive
+
     def forget(self, subject_id: str) -> None:
         """Let go of every adapter of a subject, also of those that it is a part of."""
         self._shelf.drop(lambda name: is_of(name, subject_id))

@@ -41,6 +41,9 @@ class EngineMetrics:
     mixed_steps: int = 0
     """Denoise steps whose rows belong to more than one subject."""
 
+    steps_out_of_memory: int = 0
+    """Denoise steps that did not fit the device's memory; narrower ones took their place."""
+
     step_seconds: float = 0.0
     queue_wait_seconds: float = 0.0
     images_joined: int = 0

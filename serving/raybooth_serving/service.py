@@ -16,7 +16,7 @@ from PIL import Image
 from raybooth.config import ServeConfig, ServedBase
 from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
-from raybooth.model.sampler import SampleRequest
+from raybooth.model.sampler import SampleRequest, guides
 from raybooth.store import Store
 from raybooth_serving.api import (
     ImagesRequest,
@@ -151,8 +151,9 @@ class Service:
             raise DeadlineError(what, f"over {timeout_s:g} s", do) from error
 
     def _pinned(self, drawing: Drawing) -> int:
-        """The smallest bucket that holds a row of `drawing` alone."""
-        return choose_bucket(1, self.served.engine.row_buckets)
+        """The smallest bucket that holds an image of `drawing` alone."""
+        num_rows = 2 if any(guides(sample) for sample in drawing.samples) else 1
+        return choose_bucket(num_rows, self.served.engine.row_buckets)
 
     def _samples(self, request: ImagesRequest, parts: Sequence[Part]) -> list[SampleRequest]:
         """One for each image; raises ParameterError for what the base cannot make."""

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from raybooth.config import EngineConfig
 from raybooth.errors import BaseModelError, RequestError, ServingError, StoreError
-from raybooth.model.bank import Bank
 from raybooth.model.base import Base, load_base
-from raybooth.model.lora import LoraPair, find_sites, load_adapter
-from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
-from raybooth.store import AdapterRecord, Store
+from raybooth.model.lora import LoraPair
+from raybooth.model.sampler import SampleRequest
+from raybooth.store import Store
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import QueueFullError
-from raybooth_serving.orders import GeneratedImage, Order, Part
+from raybooth_serving.orders import GeneratedImage
 from tests.raybooth_serving.conftest import SUBJECTS
+from tests.raybooth_serving.engines import alone, config, order, pixels, run, together
 from tests.raybooth_serving.published import publish, random_adapter, weights_of
 from tests.tiny import write_tiny_sdxl
-
-Result = TypeVar("Result")
 
 MIXED = (
     ("dog-a", SampleRequest("a photo of sks dog", seed=1, num_inference_steps=6, solver="ddim")),
@@ -38,66 +32,6 @@ MIXED = (
     ("dog-a", SampleRequest("sks dog in snow", seed=6, num_inference_steps=3, guidance_scale=1.0)),
     ("dog-b", SampleRequest("a dog", seed=7, num_inference_steps=4, height=16, width=24)),
 )
-
-
-def config(buckets: tuple[int, ...] = (4,), num_slots: int = 4, queue: int = 64) -> EngineConfig:
-    return EngineConfig(
-        num_slots=num_slots, max_rank=4, row_buckets=buckets, max_queued_images=queue
-    )
-
-
-def order(record: AdapterRecord | None, *samples: SampleRequest) -> Order:
-    return Order(samples, () if record is None else (Part(record),))
-
-
-def run(
-    base: Base,
-    store: Store,
-    settings: EngineConfig,
-    act: Callable[[Engine], Awaitable[Result]],
-) -> Result:
-    async def inside() -> Result:
-        engine = Engine(base, store, settings)
-        try:
-            return await act(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(inside())
-
-
-def alone(base: Base, record: AdapterRecord | None, store: Store, request: SampleRequest) -> bytes:
-    """The same image by itself: one row in a bucket of four, a bank of one slot."""
-    sites = find_sites(base.denoiser, "all")
-    bank = Bank(base.denoiser, sites=sites, rank=4, num_slots=1, device="cpu")
-    row = start_row(base, request)
-    if record is not None:
-        bank.write(1, load_adapter(weights_of(store, record)))
-        row.slot = 1
-    while not row.done:
-        denoise_step(base, bank, [row], 4)
-    bank.detach()
-    file = io.BytesIO()
-    row_image(base, row).save(file, "PNG")
-    return file.getvalue()
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)), dtype=np.int16)
-
-
-async def together(
-    engine: Engine, store: Store, jobs: Sequence[tuple[str | None, SampleRequest]], gap: int = 0
-) -> list[bytes]:
-    """All jobs, each sent `gap` denoise steps after the one before."""
-    tasks: list[asyncio.Task[list[GeneratedImage]]] = []
-    for subject, request in jobs:
-        record = None if subject is None else store.fetch(subject)
-        tasks.append(asyncio.create_task(engine.generate(order(record, request))))
-        until = engine.metrics.denoise_steps + gap
-        while engine.metrics.denoise_steps < until and not all(task.done() for task in tasks):
-            await asyncio.sleep(0.001)
-    return [(await task)[0].picture for task in tasks]
 
 
 @pytest.mark.parametrize("gap", [0, 2])
@@ -127,7 +61,7 @@ def test_subjects_really_share_denoise_steps(base: Base, store: Store) -> None:
 
     counted = run(base, store, config(), act)
     assert counted["mixed_steps"] > 0
-    assert counted["denoised_rows"] == 32
+    assert counted["denoised_rows"] == 64  # two of each image
     assert counted["denoise_steps"] < 32
     assert counted["images_finished"] == 4
     assert counted["slot_loads"] == 4
@@ -342,3 +276,46 @@ def test_an_sdxl_base_is_served(tmp_path: Path) -> None:
     for (subject, request), image in zip(jobs, found, strict=True):
         record = None if subject is None else store.fetch(subject)
         assert image == alone(base, record, store, request), (subject, request)
+
+
+def test_a_pinned_bucket_gives_the_same_bytes_in_any_company(base: Base, store: Store) -> None:
+    sample = SampleRequest("a dog", seed=3, num_inference_steps=4)
+    pinned = replace(order(store.fetch("dog-a"), sample), bucket=4)
+
+    async def act(engine: Engine) -> list[GeneratedImage]:
+        (first,) = await engine.generate(pinned)
+        noise = asyncio.create_task(together(engine, store, MIXED))
+        second, third = await asyncio.gather(engine.generate(pinned), engine.generate(pinned))
+        await noise
+        return [first, *second, *third]
+
+    images = run(base, store, config(buckets=(2, 4, 8)), act)
+    expected = alone(base, store.fetch("dog-a"), store, sample)
+    assert [image.picture for image in images] == [expected] * 3
+    assert {image.finished.buckets for image in images} == {((4, 4),)}
+
+
+@pytest.mark.parametrize("bucket", [0, 1, 5])
+def test_a_bucket_that_cannot_be_pinned_is_refused(base: Base, store: Store, bucket: int) -> None:
+    guided = replace(order(None, SampleRequest("a")), bucket=bucket)
+    with pytest.raises(RequestError, match="pin one from 2 to 4"):
+        run(base, store, config(), lambda engine: engine.generate(guided))
+
+
+def test_a_tenant_with_few_images_does_not_wait_for_one_with_many(base: Base, store: Store) -> None:
+    sample = SampleRequest("a", num_inference_steps=4)
+    ended: list[str] = []
+
+    async def act(engine: Engine) -> None:
+        async def ask(tenant: str) -> None:
+            await engine.generate(replace(order(None, sample), tenant=tenant))
+            ended.append(tenant)
+
+        many = [asyncio.create_task(ask("many")) for _ in range(16)]
+        while engine.metrics.denoise_steps < 1:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*(ask("few") for _ in range(2)), *many)
+
+    run(base, store, config(), act)
+    assert ended.index("few") <= 4
+    assert max(place for place, tenant in enumerate(ended) if tenant == "few") <= 7

@@ -19,11 +19,20 @@ class EngineConfig(Strict):
 
     max_rank: int = Field(16, ge=1, le=256)
     targets: Literal["attention", "all"] | tuple[str, ...] = "all"
-    row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16)
-    """Images denoised together, padded up to the next of these."""
+    row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16, 32)
+    """Rows denoised together, padded up to the next of these; an image with guidance takes two,
+    one without takes one."""
+
+    max_step_s: float = Field(1.0, gt=0)
+    """Seconds that a denoise step may take: by the step times that the engine measures, it does not
+    take more rows than fit in them (at least one image)."""
+
+    calibrate: bool = False
+    """Measure the step time of every bucket before the first request, at the base's own size."""
 
     max_queued_images: int = Field(256, ge=1)
-    """Images that may wait; a request beyond them is refused (429)."""
+    """Images that may wait; a request beyond them is refused (429). Those in the batch beyond the
+    largest bucket, and those denoised but not yet decoded, count as waiting."""
 
     max_prompt_cache: int = Field(4096, ge=1)
     """Prompt embeddings kept in host memory."""
@@ -41,6 +50,8 @@ class EngineConfig(Strict):
     def _buckets_ascend(self) -> Self:
         if not self.row_buckets or list(self.row_buckets) != sorted(set(self.row_buckets)):
             raise ValueError(f"row_buckets is {list(self.row_buckets)}; list them ascending")
+        if self.row_buckets[-1] < 2:
+            raise ValueError("row_buckets ends at 1; an image with guidance takes 2 rows")
         return self
 
 

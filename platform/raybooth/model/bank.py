@@ -101,11 +101,18 @@ class Bank:
         `learned` has the tokens [N, D] of each text encoder. Raises BaseModelError for a site
         that the bank lacks, a foreign shape, or a higher rank.
         """
-        flat_P = self.flatten(tensors, learned)
+        rank = max((pair.rank for pair in tensors.values()), default=self.rank)
+        self.write_flat(slot, self.flatten(tensors, learned), scale, rank)
+
+    @torch.no_grad()
+    def write_flat(
+        self, slot: int, flat_P: Tensor, scale: float = 1.0, rank: int | None = None
+    ) -> None:
+        """Put what `flatten` made into `slot`: one copy, asynchronous from pinned memory."""
         self._check_slot(slot)
-        self.flat_SP[slot].copy_(flat_P)
+        self.flat_SP[slot].copy_(flat_P, non_blocking=True)
         self.scale_S[slot] = scale
-        self._rank_S[slot] = max((pair.rank for pair in tensors.values()), default=self.rank)
+        self._rank_S[slot] = self.rank if rank is None else rank
 
     @torch.no_grad()
     def read(self, slot: int) -> AdapterTensors:
@@ -132,10 +139,13 @@ class Bank:
         return self._rank_S[slot]
 
     def flatten(
-        self, tensors: AdapterTensors, learned: Mapping[str, Tensor] | None = None
+        self,
+        tensors: AdapterTensors,
+        learned: Mapping[str, Tensor] | None = None,
+        device: torch.device | str | None = None,
     ) -> Tensor:
-        """[P] in the master's dtype and device: one slot's row of `flat_SP`."""
-        flat_P = self.flat_SP.new_zeros(self.slot_size)
+        """[P] in the master's dtype, on its device or on `device`: one slot's row of `flat_SP`."""
+        flat_P = self.flat_SP.new_zeros(self.slot_size, device=device)
         if foreign := sorted(tensors.keys() - self._place.keys()):
             found = f"{foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}"
             do = "load it over the base and the targets that it was trained with"

@@ -1,4 +1,4 @@
 """Which generator draws images (no torch)."""
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised when the same request would give another image; part of the prior cache's key."""

@@ -1,19 +1,20 @@
-"""m = m_u + g (m_c - m_u): batched classifier-free guidance (Ho and Salimans 2021), a row an image.
+"""m = m_u + g (m_c - m_u): batched classifier-free guidance (Ho and Salimans 2021).
 
 Rows of different prompts, slots, solvers, step counts, guidance and seeds share one call of the
-denoiser, each joining and leaving at any denoise step. At one bucket (rows of the call) a row's
-bytes never depend on what its neighbours are, nor, on a CPU with 1, 2 or 4 threads and buckets that
+denoiser, each joining and leaving at any denoise step. A row with guidance is two rows of the call
+(unconditional, conditional), one without is one. At one bucket (rows of the call) a row's bytes
+never depend on what its neighbours are, nor, on a CPU with 1, 2 or 4 threads and buckets that
 are powers of two, on its place among them (3 or 7 threads cut inside a row: rounding, 1e-6). Across
 buckets an image moves by rounding. Latents are fp32 under any base dtype.
 
-Shapes: R rows (padded to the bucket), B = 2 R denoiser rows (each row's unconditional, then its
-conditional), C H W latent size.
+Shapes: R images, B denoiser rows (padded to the bucket), C H W latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ __all__ = [
     "SampleRequest",
     "denoise_step",
     "generate",
+    "guides",
     "row_image",
     "start_row",
 ]
@@ -74,12 +76,19 @@ class Row:
     latents_CHW: Tensor
     x0_prev_CHW: Tensor
     cond: Conditioning
-    uncond: Conditioning
+    uncond: Conditioning | None
+    """None where nothing guides (guidance <= 1, as in diffusers)."""
+
     guidance: float
     slot: int
     adapter_scale: float
     index: int = field(default=0)
     """Denoise steps that are done."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a denoiser call that the image takes: 2 with guidance, 1 without."""
+        return 1 if self.uncond is None else 2
 
     @property
     def done(self) -> bool:
@@ -96,8 +105,8 @@ def start_row(
 ) -> Row:
     """A row at its first noise, drawn on the CPU as StableDiffusionPipeline draws it from the seed.
 
-    `cond` and `uncond` (leading dim 1) save encoding the prompts again. Raises RequestError when
-    this base cannot make such an image.
+    `cond` and `uncond` (leading dim 1) save encoding the prompts again; `uncond` has no effect
+    without guidance. Raises RequestError when this base cannot make such an image.
     """
     height = request.height or base.native_resolution
     width = request.width or base.native_resolution
@@ -114,39 +123,48 @@ def start_row(
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     latents_CHW = (noise * plan.init_scale)[0].to(base.device)
     cond = cond or _encode(base, request, request.prompt)
-    if request.guidance_scale <= 1.0:
-        uncond = cond  # diffusers does not guide then; the row's place in the batch stays
+    sizes = base.family.size_conditioning((height, width), (0, 0), (height, width))
+    if not guides(request):
+        uncond = None
     elif base.negative_is_zeros and not request.negative_prompt:
         uncond = {name: torch.zeros_like(tensor) for name, tensor in cond.items()}
-    sizes = base.family.size_conditioning((height, width), (0, 0), (height, width))
+    else:
+        uncond = uncond or _encode(base, request, request.negative_prompt)
     return Row(
         request=request,
         plan=plan,
         latents_CHW=latents_CHW,
         x0_prev_CHW=torch.zeros_like(latents_CHW),
         cond=_on(base, {**cond, **sizes}),
-        uncond=_on(base, {**(uncond or _encode(base, request, request.negative_prompt)), **sizes}),
+        uncond=None if uncond is None else _on(base, {**uncond, **sizes}),
         guidance=request.guidance_scale,
         slot=request.slot,
         adapter_scale=request.adapter_scale,
     )
 
 
+def guides(request: SampleRequest) -> bool:
+    """Whether the image needs an unconditional row beside its conditional one."""
+    return request.guidance_scale > 1.0
+
+
 @torch.no_grad()
 def denoise_step(
     base: Base, bank: Bank | None, rows: Sequence[Row], bucket: int | None = None
 ) -> None:
-    """Move each row one denoise step on, by ONE call of the denoiser on 2 x bucket rows.
+    """Move each row one denoise step on, by ONE call of the denoiser on `bucket` rows.
 
     Rows are of one latent size and none is done; the rest of the bucket is filled with empty rows
-    of the null adapter. `bucket` defaults to the number of rows. Without a bank, rows must be of
-    slot 0 and the denoiser must carry no hooks.
+    of the null adapter. `bucket` defaults to what the rows take. Without a bank, rows must be of
+    slot 0 and the denoiser must carry no hooks. An error of the denoiser leaves every row as it
+    was.
     """
-    num_rows = len(rows)
-    bucket = num_rows if bucket is None else bucket
-    assert 0 < num_rows <= bucket
+    sides = [(row, side) for row in rows for side in _sides(row)]
+    bucket = len(sides) if bucket is None else bucket
+    assert 0 < len(sides) <= bucket
     assert not any(row.done for row in rows)
-    latents_RCHW = _stacked([row.latents_CHW for row in rows], bucket)
+    num_empty = bucket - len(sides)
+    x_RCHW = torch.stack([row.latents_CHW for row in rows])
     x0_prev_RCHW = torch.stack([row.x0_prev_CHW for row in rows])
     coefficients = torch.tensor(
         [(*row.plan.coefficients(row.index), max(row.guidance, 1.0)) for row in rows],
@@ -154,28 +172,29 @@ def denoise_step(
     )
     columns = coefficients.float().to(base.device).T[..., None, None, None]
     input_scale, a, b, c, d, cx, c0, ce, ch, guidance = columns
-    timesteps = [float(row.plan.timesteps[row.index]) for row in rows]
-    timesteps_R = torch.tensor(timesteps + [0.0] * (bucket - num_rows), device=base.device)
+    timesteps = [float(row.plan.timesteps[row.index]) for row, _ in sides]
+    timesteps_B = torch.tensor(timesteps + [0.0] * num_empty, device=base.device)
     if bank is not None:
-        slots = [row.slot for row in rows] + [0] * (bucket - num_rows)
-        scales = [row.adapter_scale for row in rows] + [1.0] * (bucket - num_rows)
-        bank.route(torch.tensor(slots), torch.tensor(scales, dtype=torch.float64), rows_each=2)
+        slots = [row.slot for row, _ in sides] + [0] * num_empty
+        scales = [row.adapter_scale for row, _ in sides] + [1.0] * num_empty
+        bank.route(torch.tensor(slots), torch.tensor(scales, dtype=torch.float64))
     else:
         assert not any(row.slot for row in rows), "a row names a slot, but there is no bank"
-    x = latents_RCHW[:num_rows]
-    inputs_RCHW = torch.cat([x * input_scale, latents_RCHW[num_rows:]])
-    out_BCHW = predict(
-        base,
-        inputs_RCHW.repeat_interleave(2, 0),
-        timesteps_R.repeat_interleave(2, 0),
-        _conditioning(rows, bucket),
-    ).float()
-    uncond_RCHW, cond_RCHW = out_BCHW[0 : 2 * num_rows : 2], out_BCHW[1 : 2 * num_rows : 2]
-    guided = uncond_RCHW + guidance * (cond_RCHW - uncond_RCHW)
-    m = torch.where(guidance > 1.0, guided, cond_RCHW)
-    x0 = a * x + b * m
-    e = c * x + d * m
-    x_next = cx * x + c0 * x0 + ce * e + ch * x0_prev_RCHW
+    inputs_RCHW = x_RCHW * input_scale
+    last = list(accumulate(row.num_rows for row in rows))  # one past each image's conditional row
+    inputs = [inputs_RCHW[place] for place, row in enumerate(rows) for _ in range(row.num_rows)]
+    conditioning = {
+        name: _stacked([side[name][0] for _, side in sides], bucket) for name in rows[0].cond
+    }
+    out_BCHW = predict(base, _stacked(inputs, bucket), timesteps_B, conditioning).float()
+    cond_RCHW = torch.stack([out_BCHW[stop - 1] for stop in last])
+    uncond_RCHW = torch.stack(
+        [out_BCHW[stop - row.num_rows] for stop, row in zip(last, rows, strict=True)]
+    )
+    m = uncond_RCHW + guidance * (cond_RCHW - uncond_RCHW)  # cond itself where nothing guides
+    x0 = a * x_RCHW + b * m
+    e = c * x_RCHW + d * m
+    x_next = cx * x_RCHW + c0 * x0 + ce * e + ch * x0_prev_RCHW
     for row, latents_CHW, x0_CHW in zip(rows, x_next, x0, strict=True):
         row.latents_CHW, row.x0_prev_CHW = latents_CHW, x0_CHW
         row.index += 1
@@ -193,7 +212,7 @@ def generate(
     """An image for each request, in order, equal to StableDiffusionPipeline's for that seed.
 
     At most `max_rows` share a call; a new one joins as soon as one is done. The bucket is the next
-    power of two. `on_step(done, total)` counts denoise steps over all images.
+    power of two, at most 2 x `max_rows`. `on_step(done, total)` counts denoise steps of all.
     """
     images: dict[int, Image.Image] = {}
     total = sum(request.num_inference_steps for request in requests)
@@ -207,8 +226,8 @@ def generate(
         return encoded[key]
 
     def start(request: SampleRequest) -> Row:
-        cond = encode(request, request.prompt)
-        return start_row(base, request, cond=cond, uncond=encode(request, request.negative_prompt))
+        uncond = encode(request, request.negative_prompt) if guides(request) else None
+        return start_row(base, request, cond=encode(request, request.prompt), uncond=uncond)
 
     for places in _by_size(base, requests):
         waiting, active = list(places), dict[int, Row]()
@@ -217,7 +236,9 @@ def generate(
                 place = waiting.pop(0)
                 active[place] = start(requests[place])
             rows = list(active.values())
-            denoise_step(base, bank, rows, bucket=min(max_rows, 1 << (len(rows) - 1).bit_length()))
+            num_rows = sum(row.num_rows for row in rows)
+            bucket = min(2 * max_rows, 1 << (num_rows - 1).bit_length())
+            denoise_step(base, bank, rows, bucket)
             done += len(rows)
             for place, row in list(active.items()):
                 if row.done:
@@ -248,14 +269,9 @@ def _stacked(tensors: Sequence[Tensor], bucket: int) -> Tensor:
     return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * (bucket - len(tensors))])
 
 
-def _conditioning(rows: Sequence[Row], bucket: int) -> dict[str, Tensor]:
-    """Each row's unconditional, then its conditional; zeros after the last."""
-    return {
-        name: _stacked(
-            [side[name][0] for row in rows for side in (row.uncond, row.cond)], 2 * bucket
-        )
-        for name in rows[0].cond
-    }
+def _sides(row: Row) -> list[Conditioning]:
+    """The conditioning of each of the image's rows."""
+    return [row.cond] if row.uncond is None else [row.uncond, row.cond]
 
 
 def _by_size(base: Base, requests: Sequence[SampleRequest]) -> list[list[int]]:

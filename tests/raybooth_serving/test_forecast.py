@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from raybooth_serving.forecast import Work, backlog_s, expected_s
+from raybooth_serving.scheduler import Lane
+from raybooth_serving.step_profile import ENOUGH_SAMPLES, StepProfile
+
+SMALL, LARGE = Lane((8, 8)), Lane((16, 16))
+
+
+def _profile() -> StepProfile:
+    """0.1 s a step of four rows at SMALL, 0.4 s at LARGE; 2 rows a tenth less each than half."""
+    profile = StepProfile((2, 4), 1.0)
+    for lane, seconds in ((SMALL, 0.1), (LARGE, 0.4)):
+        for bucket, part in ((2, 0.6), (4, 1.0)):
+            for _ in range(1 + ENOUGH_SAMPLES):
+                profile.record(bucket, lane.pixels, seconds * part)
+    return profile
+
+
+def _work(tenant: str, num_images: int, num_steps: int = 10, lane: Lane = SMALL) -> list[Work]:
+    return [Work(tenant, lane, 2, num_steps)] * num_images
+
+
+def test_nothing_is_forecast_before_a_step_was_measured() -> None:
+    assert expected_s(_work("a", 1), [], StepProfile((2, 4), 1.0)) is None
+    assert backlog_s(_work("a", 1), StepProfile((2, 4), 1.0)) is None
+
+
+def test_an_image_alone_takes_its_own_steps() -> None:
+    assert expected_s(_work("a", 1), [], _profile()) == pytest.approx(0.6)
+    assert expected_s(_work("a", 1, lane=LARGE), [], _profile()) == pytest.approx(2.4)
+
+
+def test_beside_one_other_in_the_batch_steps_are_wider_and_nothing_waits() -> None:
+    assert expected_s(_work("a", 1), _work("a", 1, 500), _profile()) == pytest.approx(1.0)
+
+
+def test_an_own_backlog_comes_first() -> None:
+    found = expected_s(_work("a", 1), _work("a", 9), _profile())
+    assert found == pytest.approx(10 * 2 * 10 * 0.1 / 4)
+
+
+def test_the_backlog_of_another_tenant_counts_no_more_than_ones_own_share() -> None:
+    """a's two images beside a thousand of b's: a gets every other place."""
+    found = expected_s(_work("a", 2), _work("b", 1000), _profile())
+    assert found == pytest.approx(2 * 2 * 2 * 10 * 0.1 / 4)
+
+
+def test_another_size_takes_turns() -> None:
+    beside = expected_s(_work("a", 1), _work("b", 2, 1000, LARGE), _profile())
+    assert beside == pytest.approx(2 * 0.6)
+    short = expected_s(_work("a", 1), _work("b", 2, 1, LARGE), _profile())
+    assert short == pytest.approx(0.6 + 2 * 2 * 0.1)
+
+
+def test_a_pinned_bucket_runs_at_its_own_step_time() -> None:
+    pinned = Lane((8, 8), 4)
+    assert expected_s(_work("a", 1, lane=pinned), [], _profile()) == pytest.approx(1.0)
