@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raybooth.config import LimitsConfig
@@ -47,12 +47,11 @@ class Draws(Protocol):
     ) -> AsyncGenerator[StreamEvent, None]: ...
 
 
-def generations(backend: Draws, limits: LimitsConfig) -> APIRouter:
-    """The route over `backend`."""
-    router = APIRouter()
+def add_generations(app: FastAPI, backend: Draws, limits: LimitsConfig) -> None:
+    """The route over `backend`, on `app`."""
     answers = Answers(limits.max_kept_answers, limits.max_kept_bytes, limits.keep_answers_s)
 
-    @router.post("/v1/images/generations", response_model=ImagesResponse, responses=STREAM)
+    @app.post("/v1/images/generations", response_model=ImagesResponse, responses=STREAM)
     async def generate(
         body: ImagesRequest,
         request: Request,
@@ -87,8 +86,6 @@ def generations(backend: Draws, limits: LimitsConfig) -> APIRouter:
         content, is_replayed = await answers.get(sent, lambda: _work(backend, body, caller, guest))
         headers = {"Idempotent-Replayed": "true"} if is_replayed else None
         return Response(content, headers=headers, media_type="application/json")
-
-    return router
 
 
 async def _work(backend: Draws, body: ImagesRequest, caller: Caller, guest: Guest) -> bytes:

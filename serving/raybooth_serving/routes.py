@@ -27,7 +27,7 @@ from raybooth_serving.api import (
 from raybooth_serving.auth import Gate, guest_of
 from raybooth_serving.body import BodyLimit
 from raybooth_serving.caller import Caller
-from raybooth_serving.generations import Draws, generations
+from raybooth_serving.generations import Draws, add_generations
 from raybooth_serving.keys import Keyring
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def make_app(
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Gate, keyring=keyring, config=auth or AuthConfig())  # last is outermost
 
-    app.include_router(generations(backend, limits))
+    add_generations(app, backend, limits)
 
     @app.get("/v1/models")
     async def models(request: Request, versions: bool = False) -> ModelList:
