@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from raybooth.config import EngineConfig
-from raybooth.errors import StoreError
+from raybooth.errors import RequestError, StoreError
 from raybooth.model.bank import Bank
 from raybooth.model.base import Base
+from raybooth.model.families import Conditioning
 from raybooth.model.learned import LearnedTokens, init_tokens, save_learned
 from raybooth.model.lora import (
     AdapterTensors,
@@ -25,7 +27,7 @@ from raybooth.model.lora import (
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.store import LEARNED, WEIGHTS, AdapterRecord, Store
 from raybooth_serving.engine import Engine
-from raybooth_serving.loader import Loader
+from raybooth_serving.loader import HostAdapter, Loader
 from raybooth_serving.metrics import EngineMetrics
 from raybooth_serving.orders import GeneratedImage, Order, Part
 from raybooth_serving.prompts import PromptCache
@@ -62,6 +64,10 @@ def mug(base: Base, store: Store) -> AdapterRecord:
 
 def _loader(base: Base, store: Store) -> Loader:
     return Loader(store, base, max_rank=4, max_adapters=8, max_bytes=2**30, metrics=EngineMetrics())
+
+
+def _cache(base: Base, max_bytes: int = 2**30) -> PromptCache:
+    return PromptCache(base, max_prompts=64, max_bytes=max_bytes, metrics=EngineMetrics())
 
 
 def test_a_mixed_batch_with_learned_words_is_each_image_alone(
@@ -117,6 +123,65 @@ def test_embeddings_are_kept_by_adapter_and_scale(
     assert cache.encode(PROMPT, plain) is cache.encode(PROMPT)
     assert cache.encode(PROMPT, learned, 0.5) is not first
     assert (metrics.prompt_encodes, metrics.prompt_hits) == (3, 2)
+
+
+def test_threads_that_encode_for_different_subjects_do_not_mix(
+    base: Base, store: Store, mug: AdapterRecord
+) -> None:
+    """The base's text encoders are shared: one thread's LoRA must not be in another's prompt."""
+    learned, asked = _loader(base, store).load([Part(mug)]), [f"{PROMPT} {n}" for n in range(6)]
+
+    def encoded(cache: PromptCache, job: tuple[str, HostAdapter | None, float]) -> Conditioning:
+        return cache.encode(*job)
+
+    jobs = [(p, who, scale) for p in asked for who, scale in ((None, 1.0), (learned, 1.0))] * 3
+    alone = [encoded(_cache(base), job) for job in jobs[:12]] * 3
+    cache = _cache(base)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda job: encoded(cache, job), jobs))
+    for ours, expected in zip(found, alone, strict=True):
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert cache.metrics.prompt_encodes == 12
+
+
+def test_a_forgotten_subject_leaves_no_embedding(
+    base: Base, store: Store, mug: AdapterRecord
+) -> None:
+    cache, dog = _cache(base), Part(store.fetch("dog-a"), 0.5)
+    loader = _loader(base, store)
+    cache.encode(PROMPT)
+    plain = cache.metrics.prompt_bytes
+    both = loader.load([Part(mug, 0.5), dog])
+    cache.encode(PROMPT, loader.load([Part(mug)]))
+    cache.encode(PROMPT, both)
+    assert cache.metrics.prompt_bytes == 3 * plain > 0
+    cache.forget("dog-a")
+    assert cache.metrics.prompt_bytes == 2 * plain
+    cache.forget("mug")
+    assert cache.metrics.prompt_bytes == plain
+
+
+def test_embeddings_are_bounded_by_bytes(base: Base) -> None:
+    cache = _cache(base)
+    cache.encode("a dog")
+    tight = _cache(base, max_bytes=2 * cache.metrics.prompt_bytes)
+    for prompt in ("a dog", "a cat", "a dog", "a robot", "a dog", "a cat"):
+        tight.encode(prompt)
+    assert (tight.metrics.prompt_encodes, tight.metrics.prompt_hits) == (4, 2)
+
+
+def test_learned_words_of_two_subjects_share_a_prompt(
+    base: Base, store: Store, mug: AdapterRecord
+) -> None:
+    twin = store.publish(mug, {name: store.folder("mug") / name for name in mug.files})
+    with pytest.raises(RequestError, match="have learned the same word: found <mug>"):
+        _loader(base, store).load([Part(mug), Part(twin)])
+    dog = store.fetch("dog-a")
+    both = _loader(base, store).load([Part(mug, 0.5), Part(dog)])
+    alone = _loader(base, store).load([Part(mug)])
+    halved = _cache(base).encode(PROMPT, alone, 0.5)
+    for name, expected in _cache(base).encode(PROMPT, both).items():
+        assert torch.allclose(expected, halved[name], rtol=0, atol=1e-5)
 
 
 def test_damaged_tokens_are_refused(base: Base, store: Store, mug: AdapterRecord) -> None:
