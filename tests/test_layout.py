@@ -40,6 +40,9 @@ PURE_MODULES = (
     "raybooth_serving.shares",
     "raybooth_serving.step_profile",
     "raybooth_serving.forecast",
+    "raybooth_serving.directory",
+    "raybooth_serving.scaling",
+    "raybooth_serving.spill",
 )
 RAY_FILES = {
     "platform/raybooth/fleet/dispatcher.py",
@@ -48,6 +51,9 @@ RAY_FILES = {
     "platform/raybooth/fleet/trainer.py",
     "platform/raybooth/data/prior_cluster.py",
     "serving/raybooth_serving/app.py",
+    "serving/raybooth_serving/gateway.py",
+    "serving/raybooth_serving/prometheus.py",
+    "serving/raybooth_serving/router.py",
 }
 STDLIB_NAMES_ALLOWED = {"platform/raybooth/fleet/queue.py"}
 

@@ -2,194 +2,61 @@
 
 `raybooth_serving.app:build` is the import path for Serve config files; its args are `config` (a
 name or path of configs/serve) or ServeConfig's own keys, and `home` (default RAYBOOTH_HOME).
-Requests of one subject go to one replica (consistent hashing by subject), which then holds its
-adapter; others take over when it is full.
+Each base has a deployment of its own. Requests of one subject go to one replica (router.py), which
+then holds its adapter; others take over when it is hot or gone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
 
 import ray
-from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.config import BackpressureConfig, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.exceptions import RayError
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingPolicy,
+    BackpressureConfig,
+    RequestRouterConfig,
+)
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
-from raybooth.config import ServeConfig, ServedBase, find_config, load_yaml, merge, parse_config
-from raybooth.errors import ClusterError, RayBoothError, ServingError
+from raybooth.config import (
+    LimitsConfig,
+    ReplicasConfig,
+    ServeConfig,
+    ServedBase,
+    find_config,
+    load_yaml,
+    merge,
+    parse_config,
+)
+from raybooth.errors import ClusterError, ServingError
 from raybooth.home import home
-from raybooth.store import Store
-from raybooth_serving.api import ImagesRequest, ImagesResponse, ModelList
-from raybooth_serving.auth import open_keyring
-from raybooth_serving.caller import Caller
-from raybooth_serving.errors import QueueFullError
-from raybooth_serving.metrics import StepReport
-from raybooth_serving.routes import make_app
-from raybooth_serving.streams import StreamEvent
-
-Result = TypeVar("Result")
+from raybooth_serving.gateway import Gateway
+from raybooth_serving.replicas import EngineReplica
 
 APPLICATION = "raybooth"
 IMPORT_PATH = "raybooth_serving.app:build"
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+ROUTER = "raybooth_serving.router.BoundedLoadRouter"
+POLICY = "raybooth_serving.scaling.BacklogPolicy"
+LOOK_BACK_S = 15.0
+"""Replicas tell their backlog every 10 s at most; this is what it is averaged over."""
+
 START_TIMEOUT_S = 600.0
 START_ATTEMPTS = 3
 """A Ray of our own dies at birth where its agent takes over 15 s to start (2.60, busy machine)."""
 
 logger = logging.getLogger(__name__)
-
-
-class EngineReplica:
-    """A service on the hardware of one Ray actor."""
-
-    def __init__(self, config: Mapping[str, Any], root: str) -> None:
-        parsed = parse_config(ServeConfig, config, "the engine's config")
-        from raybooth_serving.service import Service  # torch is for engines, not for gateways
-
-        self.service = Service.start(parsed, parsed.bases[0], Store(Path(root) / "models"))
-        self.service.engine.metrics.observers.append(_StepMetrics())
-
-    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
-        """See Service."""
-        return await self.service.generate(request, caller)
-
-    async def stream(
-        self, request: ImagesRequest, caller: Caller
-    ) -> AsyncGenerator[StreamEvent, None]:
-        """See Service."""
-        async with aclosing(self.service.stream(request, caller)) as events:
-            async for event in events:
-                yield event
-
-    async def models(self, with_versions: bool, caller: Caller) -> ModelList:
-        """See Service."""
-        return await self.service.models(with_versions, caller)
-
-    async def metrics(self) -> dict[str, float]:
-        """Counters of this replica."""
-        return await self.service.metrics()
-
-    async def check_health(self) -> None:
-        """Ray Serve replaces a replica whose engine has died."""
-        await self.service.check_health()
-
-
-class Gateway:
-    """The HTTP routes; holds no weights."""
-
-    def __init__(self, engine: DeploymentHandle[Any], config: Mapping[str, Any], root: str) -> None:
-        self.config = parse_config(ServeConfig, config, "the gateway's config")
-        self.backend = _Replicas(engine)
-        host = _client().http_config.host  # where the proxies listen, whatever the config says
-        self.keyring = open_keyring(self.config.auth, host, Path(root))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self.backend, self.config.limits, self.keyring, self.config.auth)
-
-
-class _Replicas:
-    """The engine deployment as a backend of the routes."""
-
-    def __init__(self, engine: DeploymentHandle[Any]) -> None:
-        self.engine = engine
-
-    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
-        handle = self.engine.options(session_id=_session(request))
-        answer: ImagesResponse = await _result(handle.generate.remote(request, caller))
-        return answer
-
-    async def stream(
-        self, request: ImagesRequest, caller: Caller
-    ) -> AsyncGenerator[StreamEvent, None]:
-        handle = self.engine.options(session_id=_session(request), stream=True)
-        events = handle.stream.remote(request, caller)
-        try:
-            while True:
-                with _errors_as_raised():
-                    event: StreamEvent = await anext(events)
-                yield event
-        except StopAsyncIteration:
-            return
-        finally:
-            events.cancel()  # nothing if it has ended
-
-    async def models(self, with_versions: bool, caller: Caller) -> ModelList:
-        listed: ModelList = await _result(self.engine.models.remote(with_versions, caller))
-        return listed
-
-    async def metrics(self) -> dict[str, float]:
-        counted: dict[str, float] = await _result(self.engine.metrics.remote())
-        return counted
-
-    async def check_health(self) -> None:
-        await _result(self.engine.check_health.remote())
-
-
-def _session(request: ImagesRequest) -> str:
-    """Requests of the same subjects share a replica, which then holds their adapters."""
-    return "+".join(request.subject_ids)
-
-
-async def _result(response: Any) -> Any:
-    """What a replica answered."""
-    try:
-        with _errors_as_raised():
-            return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-
-
-@contextmanager
-def _errors_as_raised() -> Iterator[None]:
-    """A replica's own errors as they were raised there; Ray's as ours."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, RayBoothError):
-            raise error.cause from None
-        raise
-    except BackPressureError as error:
-        raise QueueFullError("the queue is full", "", "try again in 5 s", 5) from error
-    except (DeploymentUnavailableError, RayError) as error:
-        found = type(error).__name__
-        raise ServingError("no engine replica can answer", found, "try again") from error
-
-
-class _StepMetrics:
-    """Each denoise step to Ray's Prometheus metrics."""
-
-    def __init__(self) -> None:
-        self.rows = Counter("raybooth_denoised_rows", "Image rows denoised.")
-        self.steps = Counter("raybooth_denoise_steps", "Denoise steps.")
-        self.waiting = Gauge("raybooth_images_waiting", "Images in the queue.")
-        self.running = Gauge("raybooth_images_running", "Images in the batch.")
-        self.subjects = Gauge("raybooth_subjects_per_step", "Subjects in the last denoise step.")
-        bounds = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
-        self.seconds = Histogram("raybooth_step_seconds", "Seconds a step.", boundaries=bounds)
-
-    def __call__(self, report: StepReport) -> None:
-        self.rows.inc(report.num_rows)
-        self.steps.inc()
-        self.waiting.set(report.num_waiting)
-        self.running.set(report.num_running)
-        self.subjects.set(report.num_subjects)
-        self.seconds.observe(report.seconds)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -201,26 +68,59 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         values = merge(load_yaml(find_config("serve", named)) or {}, values)
     config = parse_config(ServeConfig, values, "serve args")
     plain = config.model_dump(mode="json")
-    (served,) = config.bases
-    queue = served.engine.max_queued_images
-    engine = serve.deployment(
-        EngineReplica,
-        name="engine",
-        num_replicas=served.replicas,
-        ray_actor_options={"num_cpus": served.num_cpus, "num_gpus": _num_gpus(served)},
-        max_ongoing_requests=queue + max(served.engine.row_buckets) + 8,  # it queues by itself
-        max_queued_requests=queue,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-        health_check_period_s=5,
-    ).bind(plain, str(root))
+    engines = [
+        _engines(served, config.limits).bind(plain, place, str(root))
+        for place, served in enumerate(config.bases)
+    ]
     return serve.deployment(
         serve.ingress()(Gateway),
         name="gateway",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=config.limits.max_requests,
         max_queued_requests=config.limits.max_requests,
+        graceful_shutdown_timeout_s=config.limits.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-    ).bind(engine, plain, str(root))
+    ).bind(engines, plain, str(root))
+
+
+def _engines(served: ServedBase, limits: LimitsConfig) -> serve.Deployment:
+    """The deployment of one base; it has the same name wherever the base stands in the config."""
+    queue, rows = served.engine.max_queued_images, max(served.engine.row_buckets)
+    router = {"num_free": max(1, rows // 2), "wait_s": limits.replica_wait_s}
+    return serve.deployment(
+        EngineReplica,
+        name=f"engine-{served.slug}",
+        **_replicas(served.replicas),
+        ray_actor_options={"num_cpus": served.num_cpus, "num_gpus": _num_gpus(served.num_gpus)},
+        max_ongoing_requests=queue + rows + 8,  # it queues by itself
+        max_queued_requests=queue,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER, request_router_kwargs=router
+        ),
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=limits.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+
+
+def _replicas(replicas: int | ReplicasConfig) -> dict[str, Any]:
+    """Serve's options for a number of replicas, fixed or by the backlog."""
+    if isinstance(replicas, int):
+        return {"num_replicas": replicas}
+    policy = AutoscalingPolicy(
+        policy_function=POLICY, policy_kwargs={"target_backlog_s": replicas.target_backlog_s}
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            upscale_delay_s=replicas.upscale_delay_s,
+            downscale_delay_s=replicas.downscale_delay_s,
+            look_back_period_s=LOOK_BACK_S,
+            policy=policy,
+        )
+    }
 
 
 @contextmanager
@@ -329,9 +229,9 @@ def _reason(status: Any) -> str:
     return (named or [line for line in lines if line] or ["no reason given"])[-1][:400]
 
 
-def _num_gpus(served: ServedBase) -> float:
-    if served.num_gpus is not None:
-        return served.num_gpus
+def _num_gpus(said: float | None) -> float:
+    if said is not None:
+        return said
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 

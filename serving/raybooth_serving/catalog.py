@@ -1,4 +1,4 @@
-"""What can be asked for: the base by its name, and every published subject, read anew each time."""
+"""What can be asked for: bases by their names, and every published subject, read anew each time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import datetime
 
 from raybooth.errors import BaseModelError, NotPublishedError, StoreError
 from raybooth.previews import PREVIEW, has_preview
-from raybooth.store import AdapterRecord, Record, Store, is_seen
+from raybooth.store import AdapterRecord, FullRecord, Record, Store, is_seen
 from raybooth_serving.api import ModelCard
 from raybooth_serving.errors import StoreAwayError
 from raybooth_serving.recall import Recall, is_away, unreadable
@@ -21,6 +21,14 @@ SETTLED_NS = 2 * 10**9
 """A folder that changed more recently may change again under the same stamp: it is read anew."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """A base that is served: what requests call it, and which it is."""
+
+    name: str
+    fingerprint: str
 
 
 class Catalog:
@@ -33,14 +41,15 @@ class Catalog:
     def __init__(
         self,
         store: Store,
-        base_name: str,
-        base_fingerprint: str,
+        bases: Sequence[KnownBase],
         on_deleted: Callable[[str], None] | None = None,
+        *,
+        serves_full: bool = False,
     ) -> None:
         self.store = store
-        self.base_name = base_name
-        self.base_fingerprint = base_fingerprint
+        self.bases = tuple(bases)
         self.on_deleted = on_deleted
+        self.serves_full = serves_full
         self.recall = Recall()
         self._listings: dict[tuple[str, bool], _Listing] = {}
 
@@ -51,40 +60,39 @@ class Catalog:
         return view
 
     def resolve(self, model: str) -> AdapterRecord | None:
-        """The record that `model` means, or None for the plain base.
+        """As `find`, in a catalog that knows adapters only."""
+        record = self.find(model)
+        assert not isinstance(record, FullRecord)
+        return record
+
+    def find(self, model: str) -> Record | None:
+        """The record that `model` means, or None for a plain base.
 
         Raises NotPublishedError listing near names, BaseModelError for an adapter of another
-        base and for a full fine-tune, StoreError for a damaged record, StoreAwayError where the
-        store is away and has not said what `model` means.
+        base and for a full fine-tune where none are served, StoreError for a damaged record,
+        StoreAwayError where the store is away and has not said what `model` means.
         """
-        if model == self.base_name:
+        if any(model == base.name for base in self.bases):
             return None
         record = self._fetch(model)
-        if record.base.fingerprint != self.base_fingerprint:
-            found = f"{record.base.name} {record.base.fingerprint[:12]}"
-            serving = f"{self.base_name} {self.base_fingerprint[:12]}"
-            raise BaseModelError(
-                f"{record.reference} was trained on another base",
-                found,
-                f"this endpoint serves {serving}; ask an endpoint of its own base",
-            )
-        if not isinstance(record, AdapterRecord):
-            raise BaseModelError(
-                f"{record.reference} is a full fine-tune, not an adapter",
-                f"weights of its own for {', '.join(record.parts)}",
-                "sample it with `raybooth generate`; an endpoint serves adapters of one base",
-            )
+        self._check(record)
         self.recall.note(model, record)
         return record
 
+    def place(self, model: str, record: Record | None) -> int:
+        """Which of the bases answers for what `find` found."""
+        if record is None:
+            return [base.name for base in self.bases].index(model)
+        return [base.fingerprint for base in self.bases].index(record.base.fingerprint)
+
     def cards(self, *, with_versions: bool = False) -> list[ModelCard]:
-        """The base, then every adapter of this base (if asked, its versions and previews too).
+        """The bases, then every model of theirs (if asked, its versions and previews too).
 
         Raises StoreAwayError where the store is away.
         """
-        base = ModelCard(id=self.base_name, created=0, owned_by="base")
+        plain = [ModelCard(id=base.name, created=0, owned_by="base") for base in self.bases]
         if is_away(self.store.root) and not self.recall.has_read:
-            return [base]  # nothing was ever published
+            return plain  # nothing was ever published
         try:
             stamps = self.store.stamps()
             listings = [self._listing(id_, stamp, with_versions) for id_, stamp in stamps.items()]
@@ -93,11 +101,36 @@ class Catalog:
         self.recall.store_answers()
         self._notice_all(stamps.keys())
         adapters = [card for listing in listings for card in listing.adapters]
-        return [base, *adapters, *(card for listing in listings for card in listing.previews)]
+        return [*plain, *adapters, *(card for listing in listings for card in listing.previews)]
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the first base."""
+        return self.bases[0].name
 
     def count_subjects(self) -> int:
-        """Subjects that this base can serve."""
-        return len(self.cards()) - 1
+        """Subjects that can be asked for."""
+        return len(self.cards()) - len(self.bases)
+
+    def _is_served(self, record: Record) -> bool:
+        is_known = record.base.fingerprint in [base.fingerprint for base in self.bases]
+        return is_known and (self.serves_full or isinstance(record, AdapterRecord))
+
+    def _check(self, record: Record) -> None:
+        """Raises BaseModelError for what cannot be served here."""
+        if record.base.fingerprint not in [base.fingerprint for base in self.bases]:
+            serving = ", ".join(f"{base.name} {base.fingerprint[:12]}" for base in self.bases)
+            raise BaseModelError(
+                f"{record.reference} was trained on another base",
+                f"{record.base.name} {record.base.fingerprint[:12]}",
+                f"this endpoint serves {serving}; ask an endpoint of its own base",
+            )
+        if isinstance(record, FullRecord) and not self.serves_full:
+            raise BaseModelError(
+                f"{record.reference} is a full fine-tune, not an adapter",
+                f"weights of its own for {', '.join(record.parts)}",
+                f"make an adapter of it with `raybooth extract {record.reference}`",
+            )
 
     def _fetch(self, model: str) -> Record:
         """What the store says, or said last where it is away."""
@@ -129,7 +162,7 @@ class Catalog:
                 raise
         return self.store.fetch(model)
 
-    def _last(self, model: str) -> AdapterRecord | None:
+    def _last(self, model: str) -> Record | None:
         """What `model` meant when the store last said so, to those who may see it."""
         is_ours = is_seen(self.store.seen, model.partition("@")[0])
         return self.recall.last(model) if is_ours else None
@@ -183,7 +216,7 @@ class Catalog:
         return listing
 
     def _cards(self, names: Sequence[str]) -> tuple[ModelCard, ...]:
-        """Of the adapters of this base among `names`."""
+        """Of the models among `names` that can be served here."""
         cards = []
         for name in names:
             try:
@@ -191,21 +224,19 @@ class Catalog:
             except (NotPublishedError, StoreError) as error:
                 logger.warning("%s is left out of the list of models: %s", name, error)
                 continue
-            if isinstance(record, AdapterRecord) and (
-                record.base.fingerprint == self.base_fingerprint
-            ):
+            if self._is_served(record):
                 created = int(datetime.fromisoformat(record.created).timestamp())
                 cards.append(ModelCard(id=name, created=created, owned_by="raybooth"))
         return tuple(cards)
 
     def _with_base(self, model: str, error: NotPublishedError) -> NotPublishedError:
-        if difflib.SequenceMatcher(None, model, self.base_name).ratio() < 0.5:
+        near = difflib.get_close_matches(model, [base.name for base in self.bases], cutoff=0.5)
+        if not near:
             return error
-        do = error.do.removesuffix("?")
-        known = f"{do}, {self.base_name}?" if error.do.startswith("did you mean") else error.do
-        if known == error.do:
-            known = f"did you mean {self.base_name}?"
-        return NotPublishedError(error.what, error.found, known)
+        said = [error.do.removesuffix("?")] if error.do.startswith("did you mean") else []
+        names = ", ".join([*said, *near])
+        do = f"{names}?" if said else f"did you mean {names}?"
+        return NotPublishedError(error.what, error.found, do)
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     from raybooth.model.fingerprint import fingerprint_base
     from raybooth.store import Store
     from raybooth_serving.app import check_running, deployed
-    from raybooth_serving.catalog import Catalog
+    from raybooth_serving.catalog import Catalog, KnownBase
 
-    catalog = Catalog(Store(root / "models"), bases[0].base, fingerprint_base(folders[0]))
-    print(f"starting Ray Serve with base {bases[0].base} ...", flush=True)
+    names = [served.base for served in bases]
+    known = tuple(map(KnownBase, names, map(fingerprint_base, folders)))
+    catalog = Catalog(Store(root / "models"), known)
+    print(f"starting Ray Serve with {', '.join(names)} ...", flush=True)
     with deployed(config, root) as url:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
         count = catalog.count_subjects()

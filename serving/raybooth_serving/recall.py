@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from raybooth.errors import StoreError
-from raybooth.store import AdapterRecord
+from raybooth.store import Record
 
 MAX_NAMES = 4096
 
@@ -29,7 +29,7 @@ class Recall:
         self.num_away = 0
         """Requests that the store could not be asked about."""
 
-        self._records: OrderedDict[str, AdapterRecord] = OrderedDict()
+        self._records: OrderedDict[str, Record] = OrderedDict()
         self._has_read = self._is_away = False
         self._lock = Lock()
 
@@ -53,7 +53,7 @@ class Recall:
                 logger.warning("the store is away, subjects in memory go on: %s", error)
             self._is_away = True
 
-    def note(self, name: str, record: AdapterRecord) -> None:
+    def note(self, name: str, record: Record) -> None:
         """The store says that `name` means `record`."""
         with self._lock:
             self._records[name] = record
@@ -61,7 +61,7 @@ class Recall:
             while len(self._records) > self.max_names:
                 self._records.popitem(last=False)
 
-    def last(self, name: str) -> AdapterRecord | None:
+    def last(self, name: str) -> Record | None:
         """What `name` meant when the store last said so."""
         with self._lock:
             return self._records.get(name)

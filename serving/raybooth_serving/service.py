@@ -27,7 +27,7 @@ from raybooth_serving.api import (
     parse_size,
 )
 from raybooth_serving.caller import Caller
-from raybooth_serving.catalog import Catalog
+from raybooth_serving.catalog import Catalog, KnownBase
 from raybooth_serving.drawing import Drawing
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
@@ -49,8 +49,9 @@ class Service:
         self.config = config
         self.served = served
         self.name = base_name(base)
+        self.known = KnownBase(self.name, base.fingerprint)
         self.engine = Engine(base, store, served.engine)
-        self.catalog = Catalog(store, self.name, base.fingerprint, self.engine.forget)
+        self.catalog = Catalog(store, [self.known], self.engine.forget)
         self.fingerprint = fingerprint_engine(base, served.engine)
         safety = config.safety
         self.policy = None if safety.policy is None else load_policy(safety.policy)

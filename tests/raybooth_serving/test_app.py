@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -21,12 +23,13 @@ from PIL import Image
 
 from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig, ServedBase
 from raybooth.errors import InputProblems, ServingError
-from raybooth.model.base import Base
+from raybooth.model.base import Base, load_base
 from raybooth.store import Store
 from raybooth_serving.client import Client
 from raybooth_serving.commands import free_port
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish
+from tests.tiny import write_tiny_base
 
 pytestmark = pytest.mark.ray
 
@@ -52,14 +55,17 @@ def endpoint(
     store = Store(root / "models")
     for seed, subject_id in enumerate(SUBJECTS):
         publish(store, base, subject_id, seed)
-    served = ServedBase(
+    two_folder = write_tiny_base(tmp_path_factory.mktemp("bases") / "Two", seed=2)
+    publish(store, load_base(str(two_folder)), "fox", 7)
+    publish(store, base, "alien", 8, fingerprint="f" * 64)
+    one = ServedBase(
         base=str(tiny_folder),
         engine=EngineConfig(num_slots=2, max_rank=4, row_buckets=(4,), max_queued_images=24),
         defaults=SamplingDefaults(num_inference_steps=4),
     )
     config = ServeConfig(
         port=free_port("127.0.0.1", 0),
-        bases=(served,),
+        bases=(one, one.model_copy(update={"base": str(two_folder), "replicas": 2})),
         limits=LimitsConfig(max_body_bytes=65536, max_inference_steps=400),
     )
     with deployed(config, root) as url:
@@ -83,6 +89,31 @@ def test_mixed_subjects_at_once_are_each_as_alone(endpoint: Endpoint) -> None:
         together = list(threads.map(lambda model: pixels(endpoint.client, model), models))
     assert together == alone
     assert Client(endpoint.url).metrics()["slot_evictions"] > 0
+
+
+def test_each_model_is_answered_by_its_own_base(endpoint: Endpoint) -> None:
+    names = [card.id for card in endpoint.client.models.list()]
+    assert names[:2] == ["tiny", "Two"]
+    assert {"dog-a", "fox"} <= set(names)
+    assert "alien" not in names
+    assert len({pixels(endpoint.client, model) for model in ("tiny", "Two", "dog-a", "fox")}) == 4
+    with pytest.raises(
+        openai.BadRequestError, match=r"alien@1 was trained on another base"
+    ) as error:
+        pixels(endpoint.client, "alien")
+    assert error.value.param == "model"
+
+
+def test_metrics_are_those_of_all_replicas(endpoint: Endpoint) -> None:
+    before = Client(endpoint.url).metrics()
+    assert before["replicas"] == 3
+    for model in ("dog-a", "fox", "Two", "Two"):
+        pixels(endpoint.client, model)
+    after = Client(endpoint.url).metrics()
+    assert after["images_finished"] - before["images_finished"] == 4
+    assert after["denoise_steps"] - before["denoise_steps"] == 16
+    assert after["images_denoised"] - before["images_denoised"] == pytest.approx(4)
+    assert after["first_steps"] == after["images_joined"]
 
 
 def test_answers_carry_a_request_id_and_the_size(endpoint: Endpoint) -> None:
@@ -175,9 +206,61 @@ def test_a_serve_config_may_name_one_of_ours(endpoint: Endpoint, tmp_path: Path)
 
 def test_the_small_client(endpoint: Endpoint) -> None:
     client = Client(endpoint.url)
-    assert client.models()[:2] == ["tiny", "dog-a"]
+    assert client.models()[:3] == ["tiny", "Two", "dog-a"]
     assert Image.open(io.BytesIO(client.generate("dog-a", PROMPT, n=2)[1])).size == (32, 32)
     with pytest.raises(ServingError, match=r"404.*dgo-a"):
         client.generate("dgo-a", PROMPT)
     with pytest.raises(ServingError, match="does not answer"):
         Client(f"http://127.0.0.1:{free_port('127.0.0.1', 0)}").models()
+
+
+def test_a_killed_replica_costs_no_image(endpoint: Endpoint) -> None:
+    """The request that it worked on is made again by the other, with the same bytes."""
+    alone = pixels(endpoint.client, "fox", num_inference_steps=40)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pixels, endpoint.client, "fox", num_inference_steps=300)
+        busy = busiest_replica("engine-two")
+        asked_too = pixels(endpoint.client, "fox", num_inference_steps=40)
+        os.kill(busy, signal.SIGKILL)
+        assert Image.frombytes("RGB", (32, 32), asked.result(timeout=120))
+    assert asked_too == alone == pixels(endpoint.client, "fox", num_inference_steps=40)
+
+
+def test_what_runs_when_the_endpoint_goes_is_finished(endpoint: Endpoint) -> None:
+    from ray import serve
+
+    from raybooth_serving.app import APPLICATION
+
+    with ThreadPoolExecutor(6) as threads:
+        asked = [
+            threads.submit(pixels, endpoint.client, model, num_inference_steps=200)
+            for model in ("dog-a", "dog-b", "robot-c", "tiny", "fox", "Two")
+        ]
+        deadline = time.monotonic() + 60
+        while Client(endpoint.url).metrics()["images_running"] < 4:
+            assert time.monotonic() < deadline
+        serve.delete(APPLICATION)
+        assert len({picture.result() for picture in asked}) == 6
+    with pytest.raises(openai.NotFoundError):
+        pixels(endpoint.client, "dog-a")
+
+
+def busiest_replica(deployment: str) -> int:
+    """The process of the replica of our own Ray that has used most time by now."""
+    from ray._private.state import actors
+
+    pids = [
+        actor["Pid"]
+        for actor in actors().values()
+        if actor["State"] == "ALIVE" and deployment in actor["Name"]
+    ]
+    assert len(pids) == 2
+    before = [process_time(pid) for pid in pids]
+    time.sleep(1)
+    spent = [process_time(pid) - start for pid, start in zip(pids, before, strict=True)]
+    return pids[spent.index(max(spent))]
+
+
+def process_time(pid: int) -> int:
+    """Ticks of user time."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])

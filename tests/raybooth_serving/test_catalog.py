@@ -14,7 +14,7 @@ import pytest
 from raybooth.errors import NotPublishedError, StoreError
 from raybooth.model.base import Base
 from raybooth.store import RECORD, Store
-from raybooth_serving.catalog import Catalog
+from raybooth_serving.catalog import Catalog, KnownBase
 from raybooth_serving.errors import StoreAwayError
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish
@@ -37,7 +37,7 @@ def heard() -> Heard:
 
 @pytest.fixture
 def catalog(store: Store, base: Base, heard: Heard) -> Catalog:
-    return Catalog(store, "tiny", base.fingerprint, heard.append)
+    return Catalog(store, [KnownBase("tiny", base.fingerprint)], heard.append)
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def test_a_damaged_record_is_neither_away_nor_deleted(
 
 
 def test_a_store_that_was_never_there_is_empty(tmp_path: Path, base: Base) -> None:
-    catalog = Catalog(Store(tmp_path / "models"), "tiny", base.fingerprint)
+    catalog = Catalog(Store(tmp_path / "models"), [KnownBase("tiny", base.fingerprint)])
     assert [card.id for card in catalog.cards()] == ["tiny"]
     with pytest.raises(NotPublishedError):
         catalog.resolve("dog-a")

@@ -16,6 +16,7 @@ from raybooth.config.safety import SafetyConfig as SafetyConfig
 from raybooth.config.serve import EngineConfig as EngineConfig
 from raybooth.config.serve import LimitsConfig as LimitsConfig
 from raybooth.config.serve import PicturesConfig as PicturesConfig
+from raybooth.config.serve import ReplicasConfig as ReplicasConfig
 from raybooth.config.serve import SamplingDefaults as SamplingDefaults
 from raybooth.config.serve import ServeConfig as ServeConfig
 from raybooth.config.serve import ServedBase as ServedBase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -78,6 +79,12 @@ class LimitsConfig(Strict):
     max_kept_bytes: int = Field(256 * 2**20, ge=0)
     keep_answers_s: float = Field(600.0, ge=0)
 
+    replica_wait_s: float = Field(15.0, gt=0)
+    """How long a request waits where no engine replica runs, before it is refused (503)."""
+
+    drain_s: float = Field(120.0, ge=0)
+    """How long a replica that has to stop goes on with its requests."""
+
 
 class PicturesConfig(Strict):
     """What a picture file tells of its making."""
@@ -95,13 +102,36 @@ class SamplingDefaults(Strict):
     solver: Solver = "dpmpp2m"
 
 
+class ReplicasConfig(Strict):
+    """Replicas that come and go with the backlog of denoise steps."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+    target_backlog_s: float = Field(10.0, gt=0)
+    """Seconds of denoise steps ahead of each replica; a longer backlog brings another."""
+
+    upscale_delay_s: float = Field(10.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
+    """Both: how long the wish must last before a replica comes or goes."""
+
+    @model_validator(mode="after")
+    def _min_fits_max(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}; raise max")
+        return self
+
+
+Replicas = Annotated[int, Field(ge=1)] | ReplicasConfig
+"""A number, or bounds between which the backlog decides."""
+
+
 class ServedBase(Strict):
     """One base of the endpoint, and the replicas that hold it."""
 
     base: str = "pocket"
     revision: str | None = None
     precision: Precision = "fp32"
-    replicas: int = Field(1, ge=1)
+    replicas: Replicas = 1
     num_cpus: float = Field(1, gt=0)
     num_gpus: float | None = Field(None, ge=0)
     """None: one GPU where the cluster has any, otherwise none."""
@@ -109,14 +139,27 @@ class ServedBase(Strict):
     engine: EngineConfig = EngineConfig()
     defaults: SamplingDefaults = SamplingDefaults()
 
+    @property
+    def slug(self) -> str:
+        """The last part of the base's name as a DNS label: what its deployment is called."""
+        return re.sub("[^a-z0-9]+", "-", self.base.rstrip("/").rpartition("/")[2].lower())
+
 
 class ServeConfig(Strict):
     """The endpoint; the files of configs/serve."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    bases: tuple[ServedBase, ...] = Field((ServedBase(),), min_length=1, max_length=1)
+    bases: tuple[ServedBase, ...] = Field((ServedBase(),), min_length=1)
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
     safety: SafetyConfig = SafetyConfig()
     pictures: PicturesConfig = PicturesConfig()
+
+    @model_validator(mode="after")
+    def _bases_differ(self) -> Self:
+        slugs = [served.slug for served in self.bases]
+        for slug in slugs:
+            if slugs.count(slug) > 1:
+                raise ValueError(f"two bases are called {slug!r}; serve them apart")
+        return self

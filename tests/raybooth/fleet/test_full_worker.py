@@ -23,7 +23,7 @@ from raybooth.fleet.survey import Survey
 from raybooth.fleet.task import Folders
 from raybooth.model.base import load_base
 from raybooth.store import SAMPLES, FullRecord, Store
-from raybooth_serving.catalog import Catalog
+from raybooth_serving.catalog import Catalog, KnownBase
 
 FULL: dict[str, Any] = {
     "method": "full",
@@ -74,7 +74,7 @@ def test_a_full_subject_is_published_and_drawn_and_not_served(
     assert store.verify("rex") == []
     assert [found.reference for found in store.records()] == ["rex@1"]
 
-    catalog = Catalog(store, "tiny", survey.base_fingerprint)
+    catalog = Catalog(store, [KnownBase("tiny", survey.base_fingerprint)])
     assert [card.id for card in catalog.cards(with_versions=True)] == ["tiny"]
     with pytest.raises(BaseModelError, match="is a full fine-tune, not an adapter"):
         catalog.resolve("rex")

@@ -1,0 +1,63 @@
+"""What runs in the processes of the engine deployments: a service of one base, or full models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from raybooth.config import ServeConfig, parse_config
+from raybooth.store import Store
+from raybooth_serving.api import ImagesRequest, ImagesResponse
+from raybooth_serving.caller import Caller
+from raybooth_serving.catalog import KnownBase
+from raybooth_serving.prometheus import Exporter
+from raybooth_serving.scaling import BACKLOG_S, FULLNESS
+from raybooth_serving.streams import StreamEvent
+
+
+class EngineReplica:
+    """A service of the base at `place` of the config, on the hardware of one Ray actor."""
+
+    def __init__(self, config: Mapping[str, Any], place: int, root: str) -> None:
+        parsed = parse_config(ServeConfig, config, "the engine's config")
+        from raybooth_serving.service import Service  # torch is for engines, not for gateways
+
+        self.service = Service.start(parsed, parsed.bases[place], Store(Path(root) / "models"))
+        self.exporter = Exporter(self.service.name, self.service.engine.metrics)
+
+    async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
+        """See Service."""
+        return await self.service.generate(request, caller)
+
+    async def stream(
+        self, request: ImagesRequest, caller: Caller
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """See Service."""
+        async with aclosing(self.service.stream(request, caller)) as events:
+            async for event in events:
+                yield event
+
+    async def describe(self) -> KnownBase:
+        """The base that it serves."""
+        return self.service.known
+
+    async def forget(self, subject_id: str) -> None:
+        """A subject was deleted: nothing of it stays in memory."""
+        self.service.engine.forget(subject_id)
+
+    async def metrics(self) -> dict[str, float]:
+        """Counters of this replica."""
+        return await self.service.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve's hook: what BacklogPolicy reads."""
+        engine = self.service.engine
+        return {BACKLOG_S: engine.backlog_s(), FULLNESS: engine.fullness()}
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica whose engine has died."""
+        await self.service.check_health()
+        await self.service.metrics()
+        self.exporter.refresh()
