@@ -136,12 +136,6 @@ class Loader:
         return self._ready(adapter_name(record), tensors, learned)
 
     def _compose(self, parts: Sequence[Part]) -> HostAdapter:
-        first = parts[0].record
-        for part in parts:
-            if part.record.zero_terminal_snr != first.zero_terminal_snr:
-                what = f"{first.reference} and {part.record.reference} do not go together"
-                found = "noise schedules with and without zero_terminal_snr"
-                raise RequestError(what, found, "ask for them one by one")
         shares = [_share(part, self._one(part.record)) for part in parts]
         tensors = compose(shares)
         rank = composed_rank(denoiser_part(tensors))
@@ -230,7 +224,8 @@ def pinned(tensors: AdapterTensors) -> AdapterTensors:
 def _share(part: Part, adapter: HostAdapter) -> Share:
     text = adapter.text
     pairs, learned = ({}, ()) if text is None else (text.pairs, text.learned)
-    return Share(part.record.reference, {**adapter.tensors, **pairs}, learned, part.scale)
+    tensors, record = {**adapter.tensors, **pairs}, part.record
+    return Share(record.reference, tensors, learned, part.scale, record.zero_terminal_snr)
 
 
 def _size(adapter: HostAdapter) -> int:

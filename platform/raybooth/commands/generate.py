@@ -47,6 +47,15 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE")
     parser.add_argument("--negative-prompt", default="", metavar="PROMPT")
     parser.add_argument("--adapter-scale", type=float, default=1.0, metavar="S")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        type=_other,
+        action="append",
+        default=[],
+        metavar="SUBJECT[:SCALE]",
+        help="another subject in the same pictures (may be given more than once)",
+    )
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the base's own)")
     parser.add_argument("--base", help="load the base from here, not from where it was trained")
     parser.set_defaults(run=_generate)
@@ -59,11 +68,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     if isinstance(record, FullRecord) and arguments.adapter_scale != 1.0:
         found = f"{record.reference} is a full fine-tune"
         raise RequestError("--adapter-scale has no adapter to scale", found, "leave it out")
+    parts = _parts(record, arguments)
 
     import torch
 
     from raybooth.model.base import cut_tokens, load_base
-    from raybooth.model.published import take_on, text_of
+    from raybooth.model.published import take_on, take_on_several, text_of
     from raybooth.model.sampler import SampleRequest, generate
 
     if record is None:
@@ -73,13 +83,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     revision = None if arguments.base else revision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(source, revision=revision, device=device)
-    text, bank = None, None
-    if record is not None:
-        folder = Store(store_folder()).folder(record.reference)
-        text, bank = text_of(base, record, folder), take_on(base, record, folder)
+    text, bank, scale = None, None, arguments.adapter_scale
+    folder = Store(store_folder()).folder
+    if len(parts) > 1:
+        whole = [(each, folder(each.reference), scale) for each, scale in parts]
+        (bank, text), scale = take_on_several(base, whole), 1.0
+    elif record is not None:
+        text = text_of(base, record, folder(record.reference))
+        bank = take_on(base, record, folder(record.reference))
     for prompt in (arguments.prompt, arguments.negative_prompt):
-        if isinstance(record, AdapterRecord):
-            prompt = countable(prompt, record.identifier, record.identifier_tokens)
+        for each, _ in parts:
+            prompt = countable(prompt, each.identifier, each.identifier_tokens)
         if cut := cut_tokens(base, prompt):
             found = f"these tokens would be cut: {' '.join(cut[:20])}"
             raise RequestError("a prompt is too long for this base", found, "shorten it")
@@ -95,7 +109,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             height=height,
             width=width,
             slot=0 if bank is None else 1,
-            adapter_scale=arguments.adapter_scale,
+            adapter_scale=scale,
             zero_terminal_snr=record is not None and record.zero_terminal_snr,
             text=text,
         )
@@ -124,6 +138,31 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("-o names no picture format", str(output), do)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError("-o cannot be written", str(output), "give a file in a folder that exists")
+
+
+def _other(text: str) -> tuple[str, float]:
+    """SUBJECT[:SCALE] as (reference, scale)."""
+    reference, colon, scale = text.partition(":")
+    try:
+        value = float(scale) if colon else 1.0
+    except ValueError:
+        value = math.nan
+    if not (reference and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SUBJECT or SUBJECT:SCALE")
+    return reference, value
+
+
+def _parts(
+    record: Record | None, arguments: argparse.Namespace
+) -> list[tuple[AdapterRecord, float]]:
+    """The adapters of every picture with their scales; none for a base or a full fine-tune."""
+    parts = [(record, float(arguments.adapter_scale))]
+    parts += [(_record(reference, arguments.base), scale) for reference, scale in arguments.others]
+    adapters = [(each, scale) for each, scale in parts if isinstance(each, AdapterRecord)]
+    if arguments.others and len(adapters) < len(parts):
+        do = "name subjects that are adapters, or leave --with out"
+        raise RequestError("--with puts adapters together, and adapters alone", "", do)
+    return adapters
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

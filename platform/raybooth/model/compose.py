@@ -33,10 +33,20 @@ class Share:
 
     learned: tuple[LearnedTokens, ...] = ()
     scale: float = 1.0
+    zero_terminal_snr: bool = False
+    """Whether the subject was trained on that noise schedule."""
 
 
 def compose(shares: Sequence[Share]) -> AdapterTensors:
-    """One adapter that moves every site as all `shares` together do, their scales folded into B."""
+    """One adapter that moves every site as all `shares` together do, their scales folded into B.
+
+    Raises RequestError for subjects of different noise schedules.
+    """
+    for share in shares:
+        if share.zero_terminal_snr != shares[0].zero_terminal_snr:
+            what = f"{shares[0].name} and {share.name} do not go together"
+            found = "noise schedules with and without zero_terminal_snr"
+            raise RequestError(what, found, "ask for them one by one")
     sites = dict.fromkeys(site for share in shares for site in share.tensors)
     return {
         site: _joined([(s.tensors[site], s.scale) for s in shares if site in s.tensors])

@@ -19,6 +19,7 @@ from raybooth.home import store_folder
 from raybooth.model.base import Base, load_base
 from raybooth.store import Store
 from raybooth_serving.api import ImagesRequest
+from raybooth_serving.caller import Caller
 from raybooth_serving.service import Service
 
 PROMPT = "a photo of sks dog"
@@ -57,7 +58,7 @@ def served(base: Base, store: Store, request: ImagesRequest) -> list[np.ndarray]
     async def ask() -> list[bytes]:
         served = ServedBase(engine=EngineConfig(num_slots=2))
         service = Service(base, store, ServeConfig(bases=(served,)), served)
-        answer = await service.generate(request)
+        answer = await service.generate(request, Caller())
         await service.engine.close()
         return [base64.b64decode(each.b64_json or "") for each in answer.data]
 
@@ -86,6 +87,18 @@ def test_the_picture_is_the_server_s_bit_for_bit(
     expected = served(base, store, request)[0]
     assert expected.shape == (24, 40, 3)
     np.testing.assert_array_equal(pixels(out), expected)
+
+
+def test_several_subjects_are_the_server_s_bit_for_bit(
+    base: Base, folder: Path, store: Store, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    words = ["--steps", "3", "--adapter-scale", "0.8", "--with", "dog-b@1:-0.5", "--seed", "9"]
+    assert generate("dog-a", PROMPT, *words, "--base", folder, "-o", out) == 0
+    both = [{"subject": "dog-a", "scale": 0.8}, {"subject": "dog-b", "scale": -0.5}]
+    body = {"model": "tiny", "prompt": PROMPT, "seed": 9, "num_inference_steps": 3}
+    request = ImagesRequest.model_validate({**body, "adapters": both})
+    np.testing.assert_array_equal(pixels(out), served(base, store, request)[0])
 
 
 def test_many_images_are_one_grid_of_seed_plus_i(
@@ -139,6 +152,9 @@ def test_a_drawn_seed_is_told_and_gives_the_picture_again(
         (["dog-a", PROMPT, "-o", "nowhere/out.png"], "-o cannot be written"),
         (["dog-a", PROMPT, "-o", "out.txt"], "-o names no picture format"),
         (["stranger", PROMPT], "trained on another base"),
+        (["dog-a", PROMPT, "--with", "stranger"], "trained on another base"),
+        (["dog-a", PROMPT, "--with", "dgo-b:0.5"], "did you mean"),
+        (["tiny", PROMPT, "--with", "dog-a"], "--with puts adapters together"),
     ],
 )
 def test_what_cannot_be_made_is_refused(
@@ -157,6 +173,15 @@ def test_what_cannot_be_made_is_refused(
     assert generate(*words, "--base", folder) == 2
     assert told in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("other", ["dog-b:x", ":0.5", "dog-b:inf", "dog-b:"])
+def test_another_subject_is_written_with_its_scale(
+    capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    with pytest.raises(SystemExit):
+        generate("dog-a", PROMPT, "--with", other)
+    assert "is not SUBJECT or SUBJECT:SCALE" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_is_not_drawn(

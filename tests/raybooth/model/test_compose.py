@@ -126,7 +126,7 @@ def test_a_picture_is_that_of_diffusers_and_no_neighbour_moves_it(
 
 def _denoised(base: Base, bank: Bank, rows: Sequence[Row]) -> Row:
     while not rows[0].done:
-        denoise_step(base, bank, rows, 4)
+        denoise_step(base, bank, rows, 8)
     return rows[0]
 
 
