@@ -106,6 +106,17 @@ def test_deterministic_pins_the_smallest_bucket(drawn: tuple[Store, list[ImageDa
     assert receipt.buckets[0][1] == 6
 
 
+def test_deterministic_is_the_same_file_in_any_company(
+    base: Base, drawn: tuple[Store, list[ImageData]]
+) -> None:
+    store, images = drawn
+    seed = images[-1].seed
+    alone = ask(
+        model="dog-b", num_inference_steps=6, output_format="jpeg", deterministic=True, seed=seed
+    )
+    assert file_of(draw(base, store, [alone])[0]) == file_of(images[-1])
+
+
 def test_another_image_is_told_with_its_difference(
     base: Base, drawn: tuple[Store, list[ImageData]]
 ) -> None:
