@@ -50,7 +50,7 @@ def preview_label(train_step: int, job_id: str, files: Mapping[str, FileRecord])
 
 def has_preview(folder: Path) -> bool:
     """Whether the subject in `folder` has a preview, readable or not."""
-    return (folder / POINTER).is_file()
+    return (folder / POINTER).exists()
 
 
 def newest_preview(folder: Path) -> PreviewPointer | None:

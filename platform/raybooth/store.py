@@ -99,12 +99,19 @@ class Store:
             return final
 
     def drop_preview(self, subject_id: str, job_id: str | None = None) -> str | None:
-        """Take the subject's preview away (only if it is of `job_id`, where given); what went."""
+        """Take the subject's preview away (only if it is of `job_id`, where given); what went.
+
+        One whose pointer is damaged goes in any case.
+        """
         folder = self.root / subject_id
-        if not _NAME.fullmatch(subject_id) or newest_preview(folder) is None:
+        if not _NAME.fullmatch(subject_id) or not has_preview(folder):
             return None
         with self._changing(subject_id):
-            pointer = newest_preview(folder)
+            try:
+                pointer = newest_preview(folder)
+            except StoreError:  # it names nothing any more, and no other's next is hindered
+                remove_preview(folder)
+                return f"{subject_id}@{PREVIEW}"
             if pointer is None or job_id not in (None, pointer.job_id):
                 return None
             remove_preview(folder)

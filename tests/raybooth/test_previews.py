@@ -138,6 +138,8 @@ def test_damage_is_told(store: Store) -> None:
     (store.root / "rex" / POINTER).write_text("{")
     with pytest.raises(StoreError, match=f"{POINTER} is not readable"):
         store.fetch("rex@preview")
+    assert store.drop_preview("rex", "another-job") == "rex@preview"  # of nobody any more
+    assert store.previewed() == []
     for reference in ("../rex@preview", "rexx@preview"):
         with pytest.raises(NotPublishedError, match="no subject"):
             store.fetch(reference)

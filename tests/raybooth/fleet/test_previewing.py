@@ -83,8 +83,7 @@ def test_a_preview_that_cannot_be_written_is_told_and_fails_nobody(
     tmp_path: Path, tiny_base: Path, folders: Folders
 ) -> None:
     survey = survey_of(write_fleet(tmp_path, tiny_base, {"rex": {}}), folders)
-    (folders.store / "rex").mkdir(parents=True)
-    (folders.store / "rex" / POINTER).write_text("{")
+    (folders.store / "rex" / POINTER).mkdir(parents=True)
     mailbox = Mailbox()
     assert train(pack_task(survey, folders), mailbox)["failed"] == []
     notes = [e.text for e in mailbox.monitor.drain() if isinstance(e, NoteEvent)]
