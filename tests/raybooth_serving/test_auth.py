@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Guarded:
     client: TestClient
     ring: Keyring
     store: Store
+    service: Service
 
     def ask(self, method: str, path: str, secret: str | None = None, **more: Any) -> Any:
         headers = {} if secret is None else {b"Authorization": f"Bearer {secret}".encode()}
@@ -66,7 +68,7 @@ def _guard(base: Base, store: Store) -> Iterator[Guarded]:
     service = Service(base, store, CONFIG, SERVED)
     app = make_app(service, CONFIG.limits, ring, AUTH)
     with TestClient(app, base_url="http://booth.example", raise_server_exceptions=False) as client:
-        yield Guarded(client, ring, store)
+        yield Guarded(client, ring, store, service)
         assert client.portal is not None
         client.portal.call(service.engine.close)
 
@@ -172,6 +174,12 @@ def test_health_is_open_and_tells_nothing(booth: Guarded) -> None:
     for method, status in (("GET", 200), ("POST", 405), ("OPTIONS", 405)):
         assert booth.ask(method, "/healthz").status_code == status
     assert booth.ask("GET", "/healthz").json() == {"status": "ok"}
+    _, good = booth.ring.create("good", subjects=["*"])
+    booth.service.engine._tick.shutdown()  # as if the thread had died
+    assert "found RuntimeError" in _error(booth.draw(good))["message"]
+    ill = booth.ask("GET", "/healthz")
+    assert ill.status_code == 503
+    assert _error(ill)["message"] == "this endpoint is not well; its log says why"
 
 
 def test_sockets_are_closed(booth: Guarded) -> None:
@@ -291,6 +299,25 @@ def test_a_key_has_few_requests_in_progress(booth: Guarded) -> None:
     assert statuses[-1] == 200
     assert sorted(statuses[:-1]) == [200, 200, 429, 429, 429]
     assert booth.draw(busy).status_code == 200, "ended requests are not counted"
+
+
+def test_a_key_with_one_image_goes_before_the_rest_of_one_with_many(booth: Guarded) -> None:
+    _, many = booth.ring.create("many", subjects=["*"])
+    _, few = booth.ring.create("few", subjects=["*"])
+    ended: list[str] = []
+
+    def draw(name: str, secret: str, n: int) -> int:
+        answer = booth.draw(secret, n=n, num_inference_steps=15)
+        ended.append(name)
+        return int(answer.status_code)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(draw, "many", many, 6)
+        while booth.service.engine.metrics.denoise_steps < 2:
+            time.sleep(0.01)
+        second = threads.submit(draw, "few", few, 1)
+        assert (first.result(), second.result()) == (200, 200)
+    assert ended == ["few", "many"]
 
 
 def test_large_headers_are_refused(booth: Guarded) -> None:

@@ -84,8 +84,10 @@ def test_the_policy_is_asked_before_anything_is_queued(base: Base, store: Store)
             assert error["code"] == "content_policy_violation"
             assert error["type"] == "invalid_request_error"
             assert "no cats for studio with dog-a" in error["message"]
-        plain = _draw(client, secret, prompt="a cat", model="tiny")
-        assert "with the base" in plain.json()["error"]["message"]
+        both = [{"subject": "dog-b"}, {"subject": "robot-c@1"}]
+        for more, told in ({}, "the base"), ({"adapters": both}, "dog-b robot-c"):
+            answer = _draw(client, secret, prompt="a cat", model="tiny", **more)
+            assert f"with {told};" in answer.json()["error"]["message"]
         headers = {"Authorization": f"Bearer {secret}"}
         counted = client.get("/metrics.json", headers=headers).json()
         assert counted["denoise_steps"] == counted["images_joined"] == 0
