@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from raybooth.config import EngineConfig
 from raybooth.model.base import Base
@@ -20,7 +23,11 @@ from tests.raybooth_serving.published import publish
 
 
 class Endpoint:
-    """One engine that has been serving for a while: adapters in host memory, prompts encoded."""
+    """One engine that has been serving for a while: adapters in host memory, prompts encoded.
+
+    Its step profile is of CPU seconds as well: by wall seconds the neighbours of this process
+    would have a say in how many rows pay.
+    """
 
     def __init__(
         self, base: Base, folder: Path, adapters: Sequence[AdapterTensors], config: EngineConfig
@@ -31,6 +38,10 @@ class Endpoint:
             Part(publish(store, base, f"subject-{index}", index, rank=rank, tensors=adapter))
             for index, adapter in enumerate(adapters)
         ]
+        self._cpu = patch(
+            "raybooth_serving.timing.time", SimpleNamespace(perf_counter=time.thread_time)
+        )
+        self._cpu.start()
         self.runner = asyncio.Runner()
         self.engine = self.runner.run(_started(base, store, config))
         for part in self.parts:
@@ -42,6 +53,7 @@ class Endpoint:
         """Take the bank off the base."""
         self.runner.run(self.engine.close())
         self.runner.close()
+        self._cpu.stop()
 
 
 class Ours:

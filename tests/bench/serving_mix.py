@@ -32,13 +32,16 @@ from tests.bench.mix_peers import (
 from tests.bench.rounds import TableReport
 
 SUBJECTS = (1, 4, 16, 64)
-NUM = 32
-"""Requests of one turn."""
+NUM = 24
+"""Requests of one turn of Poisson arrivals."""
+
+BURST = 16
+"""Requests of one burst, a turn."""
 
 LOAD = 0.8
-"""Arrivals a second, in capacities of the slowest system (swapping, same subjects, all at once)."""
+"""Arrivals a second, in images/s that swapping makes of a burst of as many subjects."""
 
-SWEEP = (0.5, 1.1)
+SWEEP = (0.5, 1.2)
 """More loads, for the sweep."""
 
 SWEPT = 16
@@ -96,7 +99,7 @@ def run(rounds: int) -> list[TableReport]:
     notes = []
     with tempfile.TemporaryDirectory() as name:
         states = _states(Path(name), adapters)
-        config = EngineConfig(num_slots=NUM_SLOTS, max_rank=RANK)
+        config = EngineConfig(num_slots=NUM_SLOTS, max_rank=RANK, calibrate=True)
         endpoint = Endpoint(base, Path(name) / "models", adapters, config)
         merged, mixed = Merged(base, states), MixedByPeft(base, states)
         ours, plain = Ours(endpoint), Ours(endpoint, plain=True)
@@ -119,7 +122,7 @@ def _measure(
         seed = 100 * index + subjects
         kinds = {
             f"Poisson {LOAD}": poisson(LOAD * capacity, NUM, subjects, seed),
-            f"bursts {LOAD}": bursts(LOAD * capacity, NUM, MAX_ROWS, subjects, seed),
+            "burst": bursts(1.0, BURST, BURST, subjects, seed),
         }
         for load in SWEEP if subjects == SWEPT else ():
             kinds[f"Poisson {load}"] = poisson(load * capacity, NUM, subjects, seed)
@@ -137,8 +140,7 @@ def _measure(
 def _capacity(system: System, subjects: int) -> float:
     """Images/s of requests that are all there at once, after one to warm up."""
     system.run([Arrival(0.0, 0, 0)])
-    arrivals = bursts(1.0, MAX_ROWS, MAX_ROWS, subjects, seed=0)
-    return MAX_ROWS / system.run(arrivals).busy_s
+    return BURST / system.run(bursts(1.0, BURST, BURST, subjects, seed=0)).busy_s
 
 
 def _same_pictures(systems: Sequence[System]) -> list[str]:
@@ -168,7 +170,7 @@ def _pixels(ran: Ran) -> np.ndarray:
 def _reports(cells: Cells, notes: list[str]) -> list[TableReport]:
     means = {
         f"Poisson {LOAD}": f"Poisson arrivals at {LOAD} of what swapping can do",
-        f"bursts {LOAD}": f"bursts of {MAX_ROWS} at {LOAD} of what swapping can do",
+        "burst": f"{BURST} requests at once",
     }
     reports = []
     for kind, words in means.items():
@@ -183,11 +185,11 @@ def _reports(cells: Cells, notes: list[str]) -> list[TableReport]:
                 rows.append((f"{load}", *row[1:]))
     heads = ("load", *HEADS[1:])
     title = f"Serving-mix: Poisson arrivals of {SWEPT} subjects, by load"
-    num = max(len(cell.served) for cell in cells.values())
+    num = len(cells[f"Poisson {LOAD}", SWEPT, Swapping.name].served)
     told = [
         f"Rank {RANK} on all layers, {STEPS} denoise steps, guidance {GUIDANCE:g}, native size, "
-        f"at most {MAX_ROWS} images in a batch, {NUM_SLOTS} slots; {num} requests a row, the same "
-        "for every system.",
+        f"at most {MAX_ROWS} images in a batch, {NUM_SLOTS} slots; {num} Poisson arrivals a row, "
+        "the same for every system.",
         "Seconds are CPU seconds of the process (tests/bench/arrivals.py): other work on the "
         "machine does not count, our engine's decode and encode threads do.",
         "Ratios are to swapping at the same subjects; a p99 ratio below 1 is a shorter wait.",
