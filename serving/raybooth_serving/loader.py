@@ -1,6 +1,6 @@
 """Published adapters in host memory: read whole, checked, least recently used out.
 
-    store -> host memory (pinned where the base is on CUDA) -> slot
+    store -> host memory -> a slot's row (page-locked where the base is on CUDA) -> slot
 
 Any thread may load. An adapter is read once however many ask for it; a slow read holds up nobody
 who asks for another. What somebody still holds (a slot, an image in flight) is found without the
@@ -16,15 +16,12 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
 
-import torch
-
 from raybooth.errors import BaseModelError, NotPublishedError, RequestError, StoreError
 from raybooth.model.base import Base
 from raybooth.model.compose import Share, compose, compose_words, composed_rank
 from raybooth.model.learned import LearnedTokens, learned_of
 from raybooth.model.lora import (
     AdapterTensors,
-    LoraPair,
     denoiser_part,
     from_diffusers_keys,
     text_part,
@@ -156,8 +153,6 @@ class Loader:
             size_bytes += sum(vectors.nbytes for vectors in words.vectors.values())
         if learned:
             size_bytes += sum(TOKENIZER_BYTES * len(each) for each in self.base.tokenizers.values())
-        if self.base.device.type == "cuda":
-            own = pinned(own)
         return HostAdapter(name, own, text, size_bytes)
 
     def _file(self, record: AdapterRecord, name: str) -> TensorFile:
@@ -206,19 +201,6 @@ def composed_name(parts: Sequence[Part]) -> str:
 def is_of(name: str, subject_id: str) -> bool:
     """Whether an adapter of that name holds weights of the subject."""
     return any(each.partition("@")[0] == subject_id for each in name.split("+"))
-
-
-def pinned(tensors: AdapterTensors) -> AdapterTensors:
-    """The same pairs in one piece of page-locked memory, from which a GPU copies by itself."""
-    halves = [half for pair in tensors.values() for half in pair]
-    memory = torch.empty(sum(half.numel() for half in halves), pin_memory=True)
-    places = torch.split(memory, [half.numel() for half in halves])
-    copies = [
-        place.view(half.shape).copy_(half) for place, half in zip(places, halves, strict=True)
-    ]
-    return {
-        site: LoraPair(*copies[2 * index : 2 * index + 2]) for index, site in enumerate(tensors)
-    }
 
 
 def _share(part: Part, adapter: HostAdapter) -> Share:

@@ -9,7 +9,7 @@ from raybooth.errors import BaseModelError, NotPublishedError, RequestError, Sto
 from raybooth.model.base import Base
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.errors import StoreAwayError
-from raybooth_serving.loader import HostAdapter, Loader, adapter_name, pinned
+from raybooth_serving.loader import HostAdapter, Loader, adapter_name
 from raybooth_serving.metrics import EngineMetrics
 from raybooth_serving.orders import Part
 from tests.raybooth_serving.published import publish, random_adapter, weights_of
@@ -151,14 +151,3 @@ def test_subjects_that_do_not_go_together_are_refused(base: Base, store: Store) 
     terminal = dog.model_copy(update={"train": {"objective": {"zero_terminal_snr": True}}})
     with pytest.raises(RequestError, match="dog-b@1 and robot-c@1 do not go together"):
         loading.load([Part(terminal), Part(robot)])
-
-
-@pytest.mark.gpu
-def test_pairs_for_a_gpu_lie_in_page_locked_memory(base: Base) -> None:
-    tensors = random_adapter(base, 1)
-    found = pinned(tensors)
-    assert found.keys() == tensors.keys()
-    for site, pair in found.items():
-        for half, expected in zip(pair, tensors[site], strict=True):
-            assert half.is_pinned()
-            assert torch.equal(half, expected)
