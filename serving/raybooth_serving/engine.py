@@ -44,6 +44,7 @@ from raybooth_serving.scheduler import (
     StepPlan,
     choose_bucket,
     count_step,
+    keep_places,
     plan_joins,
     plan_step,
 )
@@ -93,6 +94,9 @@ class Engine:
         self._preparing: dict[int, list[Work]] = {}
         self._waiting: dict[int, Flight] = {}
         self._running: dict[int, Flight] = {}
+        self._places: tuple[int, ...] = ()
+        """Keys of the images of the last step, in the places of their rows."""
+
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -263,7 +267,8 @@ class Engine:
         running = self._in_batch()
         step = plan_step(running, self.config.row_buckets, self._row_limit, self._turns)
         assert step is not None, "images wait, but none can join an empty batch"
-        images = [self._running[key] for key in step.keys]
+        self._places = keep_places(self._places, step.keys)
+        images = [self._running[key] for key in self._places]
         seconds = await self._on_tick(lambda: self._step(joined, images, step.bucket))
         if seconds is None:
             self._run_out(step, images)

@@ -157,6 +157,24 @@ def plan_step(
     return StepPlan(lane, tuple(keys), lane.bucket or choose_bucket(num_rows, buckets))
 
 
+def keep_places(before: Sequence[int], keys: Sequence[int]) -> tuple[int, ...]:
+    """`keys` in the places that they had: who is new, or else who was last, fills a gap.
+
+    The bank gathers adapters again only for rows that changed.
+    """
+    kept = [key for key in before if key in keys]
+    new = [key for key in keys if key not in before]
+    placed: list[int] = []
+    for key in before:
+        if key in kept:
+            placed.append(key)
+        elif new:
+            placed.append(new.pop(0))
+        elif kept[-1:] and kept[-1] not in placed:
+            placed.append(kept.pop())
+    return (*dict.fromkeys(placed), *new)
+
+
 def count_step(
     turns: Shares, running: Sequence[RunningImage], lane: Lane, seconds: float
 ) -> Shares:

@@ -13,6 +13,7 @@ from raybooth_serving.scheduler import (
     WaitingImage,
     choose_bucket,
     count_step,
+    keep_places,
     plan_joins,
     plan_step,
 )
@@ -111,6 +112,23 @@ def test_a_step_takes_all_rows_of_a_size_in_the_smallest_bucket() -> None:
     assert step is not None
     assert (step.keys, step.bucket) == ((1, 2, 3), 4)
     assert plan_step([], (1, 2), lambda lane: 2, Shares()) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "keys", "placed"),
+    [
+        ((), (1, 2, 3), (1, 2, 3)),
+        ((1, 2, 3), (3, 2, 1), (1, 2, 3)),
+        ((1, 2, 3), (1, 3, 9), (1, 9, 3)),
+        ((1, 2, 3), (2, 3), (3, 2)),
+        ((1, 2, 3), (1, 2), (1, 2)),
+        ((1, 2), (7, 8, 9), (7, 8, 9)),
+    ],
+)
+def test_images_keep_their_places(
+    before: tuple[int, ...], keys: tuple[int, ...], placed: tuple[int, ...]
+) -> None:
+    assert keep_places(before, keys) == placed
 
 
 @pytest.mark.parametrize(("num_rows", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 16), (16, 16)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raybooth.errors import BaseModelError
 from raybooth.model.lora import DENOISER, AdapterTensors, LoraPair, Site, TokenSite, init_pair
-from raybooth.model.part import BankPart, Routing
+from raybooth.model.part import BankPart, Routing, SlotStamps
 
 BLOCK = 256
 """P is a multiple of this: one 8-bit optimiser block never spans two slots."""
@@ -63,8 +63,9 @@ class Bank:
         self.scale_S = torch.ones(num_slots + 1, dtype=torch.float64)
         self._rank_S = [rank] * (num_slots + 1)
         self._place = {site.key: place for place, site in enumerate(self.sites)}
+        self._stamps = SlotStamps(self.flat_SP)
         for part in self.parts.values():
-            part.bind(self.flat_SP, self.scale_S)
+            part.bind(self.flat_SP, self.scale_S, self._stamps)
 
     @property
     def text_start(self) -> int:
@@ -110,7 +111,8 @@ class Bank:
     ) -> None:
         """Put what `flatten` made into `slot`: one copy, asynchronous from pinned memory."""
         self._check_slot(slot)
-        self.flat_SP[slot].copy_(flat_P, non_blocking=True)
+        with self._stamps.writing(slot):
+            self.flat_SP[slot].copy_(flat_P, non_blocking=True)
         self.scale_S[slot] = scale
         self._rank_S[slot] = self.rank if rank is None else rank
 
@@ -130,7 +132,8 @@ class Bank:
     def clear(self, slot: int) -> None:
         """Make `slot` a null adapter again."""
         self._check_slot(slot)
-        self.flat_SP[slot].zero_()
+        with self._stamps.writing(slot):
+            self.flat_SP[slot].zero_()
         self.scale_S[slot] = 1.0
         self._rank_S[slot] = self.rank
 
@@ -181,7 +184,8 @@ class Bank:
         """Send row b of the following denoiser calls through `slot_B[b]`, times `scale_B[b]`.
 
         Each entry stands for `rows_each` neighbouring rows. With gradients, equal contiguous
-        groups of rows run as one product a slot; without, adapters are gathered once, here.
+        groups of rows run as one product a slot; without, adapters are gathered here, each row
+        that changed since the last call.
         A backward pass must be over before the next `route`.
         """
         part = self.parts[DENOISER]

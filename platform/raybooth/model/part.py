@@ -18,7 +18,8 @@ Milliseconds of A and B for 16 rows of rank 4, forward / forward and backward, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -57,13 +58,17 @@ class BankPart:
         self.stop = start + sum(self._sizes)
         self.routing: Routing | None = None
         self._stack: _Stack | None = None
-        self._gathered: tuple[object, _Stack] | None = None
+        self._copies_KP: Tensor | None = None
+        self._copied: list[tuple[int, object, float] | None] = []
+        """What each row of the copies holds: slot, which writing of it, scale."""
+
+        self._stacks: dict[tuple[int, int], _Stack] = {}
         self._handles: list[RemovableHandle] = []
         self._ids_BT: Tensor | None = None
 
-    def bind(self, flat_SP: Tensor, scale_S: Tensor) -> None:
+    def bind(self, flat_SP: Tensor, scale_S: Tensor, stamps: SlotStamps) -> None:
         """Take the bank's master tensor, once, and add the hooks."""
-        self._flat_SP, self._scale_S = flat_SP, scale_S
+        self._flat_SP, self._scale_S, self._stamps = flat_SP, scale_S, stamps
         self.attach()
 
     def attach(self) -> None:
@@ -86,6 +91,7 @@ class BankPart:
             handle.remove()
         self._handles.clear()
         self._stack = None
+        self._copies_KP, self._copied, self._stacks = None, [], {}
 
     def views(self, flat_P: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each site, views [R, taps, I] and [O, R] of one row."""
@@ -109,40 +115,68 @@ class BankPart:
         if routing is None:
             self._stack = None
         elif torch.is_grad_enabled() and self._flat_SP.requires_grad:
-            self._gathered = None
             self._stack = self._stacked(routing.grouped())
         elif not any(routing.slots):
             self._stack = None
+        elif self.tokens is not None:
+            with torch.no_grad():  # learned tokens keep the master's dtype
+                self._stack = self._stacked(routing)
         else:
-            key = (routing, self._dtype(), self._flat_SP._version, tuple(self._scale_S.tolist()))
-            if self._gathered is None or self._gathered[0] != key:
-                with torch.no_grad():
-                    self._gathered = key, self._stacked(routing)
-            self._stack = self._gathered[1]
+            self._stack = self._gather(routing)
+
+    @torch.no_grad()
+    def _gather(self, routing: Routing) -> _Stack:
+        """The stack over copies of the routed rows; only those that changed are copied again."""
+        num_groups, dtype = len(routing.slots), self._dtype()
+        copies_KP = self._copies_KP
+        if copies_KP is None or len(copies_KP) < num_groups or copies_KP.dtype != dtype:
+            size = num_groups, self.stop - self.start
+            copies_KP = self._copies_KP = torch.empty(
+                size, dtype=dtype, device=self._flat_SP.device
+            )
+            self._copied, self._stacks = [None] * num_groups, {}
+        ups = slice(self._sizes[0], self._sizes[0] + self._sizes[1])
+        for place, (slot, by) in enumerate(zip(routing.slots, routing.scales, strict=True)):
+            scale = float(self._scale_S[slot]) * by
+            held = slot, self._stamps.of(slot), scale
+            if self._copied[place] != held:
+                row_P = copies_KP[place].copy_(self._flat_SP[slot, self.start : self.stop])
+                if scale != 1.0:
+                    row_P[ups] *= row_P.new_tensor(scale)
+                self._copied[place] = held
+        key = num_groups, routing.rows_each
+        if key not in self._stacks:
+            self._stacks[key] = self._cut(copies_KP[:num_groups], routing.rows_each)
+        return self._stacks[key]
 
     def _stacked(self, routing: Routing) -> _Stack:
+        """The stack over the master's own rows, for gradients."""
         slots, first = routing.slots, routing.slots[0]
         flat_SP = self._flat_SP[:, self.start : self.stop]
         if slots == tuple(range(first, first + len(slots))):
             flat_KP = flat_SP[first : first + len(slots)]
         else:
             flat_KP = flat_SP.index_select(0, torch.tensor(slots, device=flat_SP.device))
+        scales = [float(self._scale_S[s]) * r for s, r in zip(slots, routing.scales, strict=True)]
+        return self._cut(flat_KP, routing.rows_each, scales)
+
+    def _cut(self, flat_KP: Tensor, rows_each: int, scales: Sequence[float] = ()) -> _Stack:
         # one split has one backward (a concatenation); a slice for each site would have one of
         # the whole [K, P] for each
         downs_KP, ups_KP, tokens_KP = torch.split(flat_KP, self._sizes, dim=1)
         downs_KP, ups_KP = downs_KP.to(self._dtype()), ups_KP.to(self._dtype())
-        scales = [float(self._scale_S[s]) * r for s, r in zip(slots, routing.scales, strict=True)]
         if any(scale != 1.0 for scale in scales):
             ups_KP = ups_KP * ups_KP.new_tensor(scales)[:, None]
         downs = torch.split(downs_KP, self._down_sizes, dim=1)
         ups = torch.split(ups_KP, self._up_sizes, dim=1)
+        num_groups = len(flat_KP)
         pairs: list[tuple[Tensor, Tensor]] = []
         for site, down, up in zip(self.sites, downs, ups, strict=True):
-            down_KXI = down.reshape(len(slots), -1, site.in_features)
-            pairs.append((down_KXI, up.reshape(len(slots), site.out_features, self.rank)))
+            down_KXI = down.reshape(num_groups, -1, site.in_features)
+            pairs.append((down_KXI, up.reshape(num_groups, site.out_features, self.rank)))
         tokens = self.tokens
-        tokens_KND = None if tokens is None else tokens_KP.reshape(len(slots), -1, tokens.width)
-        return _Stack(len(slots), routing.rows_each, pairs, tokens_KND)
+        tokens_KND = None if tokens is None else tokens_KP.reshape(num_groups, -1, tokens.width)
+        return _Stack(num_groups, rows_each, pairs, tokens_KND)
 
     def _dtype(self) -> torch.dtype:
         kind = self._flat_SP.device.type
@@ -201,6 +235,31 @@ class BankPart:
         index_BTD = ids_BT.clamp(min=0)[..., None].expand_as(y_BTD)
         learned_BTD = stack.per_row(stack.tokens_KND).gather(1, index_BTD).to(y_BTD.dtype)
         return torch.where((ids_BT >= 0)[..., None], learned_BTD, y_BTD)
+
+
+class SlotStamps:
+    """Which writing of a slot its numbers are; a change by any other way is one of all slots."""
+
+    def __init__(self, flat_SP: Tensor) -> None:
+        self._flat_SP = flat_SP
+        self._version = flat_SP._version
+        self._changes = 0
+        self._writings = [0] * len(flat_SP)
+
+    def of(self, slot: int) -> tuple[int, int]:
+        """Differs once the slot's numbers may differ."""
+        if self._flat_SP._version != self._version:
+            self._version = self._flat_SP._version
+            self._changes += 1
+        return self._changes, self._writings[slot]
+
+    @contextmanager
+    def writing(self, slot: int) -> Iterator[None]:
+        """Inside, that slot is written and no other."""
+        self.of(slot)
+        yield
+        self._version = self._flat_SP._version
+        self._writings[slot] += 1
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The bank is PEFT's LoRA for each row, and no row can see another's adapter."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,38 @@ def test_master_updates_are_seen_without_another_route(unet_folder: Path) -> Non
         after = _call(unet, inputs)
     assert not torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
+
+
+def test_only_rows_that_changed_are_gathered_again(unet_folder: Path) -> None:
+    """Poison in a copy stays where nothing changed, and goes where something did."""
+    unet = _unet(unet_folder, torch.float32)
+    bank = _bank(unet)
+    part, inputs = bank.parts["unet"], _inputs(3, torch.float32)
+
+    def poisoned(act: Callable[[], None]) -> list[bool]:
+        bank.route(torch.tensor([1, 2, 3]))
+        assert part._copies_KP is not None
+        part._copies_KP[:3].fill_(torch.nan)
+        act()
+        found = _call(unet, inputs).isnan().flatten(1).any(1).tolist()
+        part._copied = [None] * len(part._copied)
+        return found
+
+    with torch.no_grad():
+        assert poisoned(lambda: None) == [True, True, True]
+        assert poisoned(lambda: bank.route(torch.tensor([1, 4, 3]))) == [True, False, True]
+        assert poisoned(lambda: bank.clear(3)) == [True, True, False]
+        assert poisoned(lambda: bank.write(2, _adapter(bank.sites, RANK, 2))) == [True, False, True]
+        assert poisoned(lambda: bank.flat_SP[1].mul_(2)) == [False, False, False]
+        scales = torch.tensor([1.0, 1.0, 0.5])
+        assert poisoned(lambda: bank.route(torch.tensor([1, 2, 3]), scales)) == [True, True, False]
+        bank.scale_S[2] = 0.5
+        assert poisoned(lambda: None) == [True, True, True]
+        bank.route(torch.tensor([3, 1]))  # a narrower call is the beginning of a wider one
+        narrow = _call(unet, _rows(inputs, slice(2)))
+        bank.route(torch.tensor([3, 1, 2, 4, 4]))
+        bank.route(torch.tensor([3, 1]))
+        assert torch.equal(_call(unet, _rows(inputs, slice(2))), narrow)
 
 
 def test_slots_round_trip_at_their_own_rank(unet_folder: Path) -> None:
