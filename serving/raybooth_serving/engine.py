@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -181,19 +181,27 @@ class Engine:
         beyond = max(0, len(self._running) - self.config.row_buckets[-1])
         num_queued = self._num_waiting() + self._decoder.num_finishing + beyond
         if num_queued + num_images > self.config.max_queued_images:
-            self.metrics.images_refused += num_images
-            found = f"{num_queued} of {self.config.max_queued_images} images waiting"
-            after = self.retry_after_s()
-            raise QueueFullError("the queue is full", found, f"try again in {after} s", after)
+            self._refuse(num_images, f"{num_queued} of {self.config.max_queued_images} images")
+        waiting_s = self.backlog_s()
+        if waiting_s > self.config.max_backlog_s:
+            self._refuse(num_images, f"{waiting_s:.0f} s of denoise steps")
         if order.deadline is not None and work:
-            left_s = order.deadline - time.monotonic()
+            left_s, after_s = order.deadline - time.monotonic(), self._decoder.seconds
             needed_s = expected_s(work, self._backlog(), self.profile)
-            if needed_s is not None and needed_s + self._decoder.seconds > left_s:
+            if needed_s is not None and needed_s + after_s > left_s:
+                found = f"about {needed_s + after_s:.1f} s, {left_s:.1f} s left"
+                alone_s = expected_s(work, (), self.profile)
+                if alone_s is not None and alone_s + after_s <= left_s:
+                    self._refuse(num_images, found)
                 self.metrics.images_refused += num_images
-                found = f"about {needed_s + self._decoder.seconds:.1f} s, {left_s:.1f} s left"
                 do = "allow more time, or ask for fewer or smaller images"
                 raise DeadlineError("the images cannot be ready in time", found, do)
         self.metrics.images_accepted += num_images
+
+    def _refuse(self, num_images: int, found: str) -> NoReturn:
+        self.metrics.images_refused += num_images
+        after = self.retry_after_s()
+        raise QueueFullError("the queue is full", found, f"try again in {after} s", after)
 
     async def _make(self, order: Order, work: list[Work], arrived: float) -> list[GeneratedImage]:
         images: list[Flight] = []

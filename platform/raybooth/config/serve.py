@@ -35,6 +35,10 @@ class EngineConfig(Strict):
     """Images that may wait; a request beyond them is refused (429). Those in the batch beyond the
     largest bucket, and those denoised but not yet decoded, count as waiting."""
 
+    max_backlog_s: float = Field(300.0, gt=0)
+    """Seconds of denoise steps that may be to do, by the measured step times, when a request comes;
+    beyond them it is refused (429)."""
+
     max_prompt_cache: int = Field(4096, ge=1)
     """Prompt embeddings kept in host memory."""
 
