@@ -90,6 +90,9 @@ class Gate:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        if scope["path"].removeprefix(scope.get("root_path", "")) == OPEN_PATH:
+            await self.app(scope, receive, send)  # and no guest: who asks there may see nothing
+            return
         try:
             key = await self._admit(scope)
         except RayBoothError as error:
@@ -107,14 +110,12 @@ class Gate:
             self._num_running += Counter()  # drops zeros
 
     async def _admit(self, scope: Scope) -> KeyRecord | None:
-        """The key of the request; None on the open path and where no keys are asked for."""
+        """The key of the request; None where no keys are asked for."""
         headers = scope["headers"]
         size = sum(len(name) + len(value) for name, value in headers)
         if size > MAX_HEADER_BYTES:
             do = f"send at most {MAX_HEADER_BYTES} bytes of them"
             raise TooLargeError("the request headers are too large", f"{size} bytes", do)
-        if scope["path"].removeprefix(scope.get("root_path", "")) == OPEN_PATH:
-            return None
         if self.keyring is None:
             _check_host([value for name, value in headers if name == b"host"])
             return None
