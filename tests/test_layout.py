@@ -43,6 +43,10 @@ PURE_MODULES = (
     "raybooth_serving.directory",
     "raybooth_serving.scaling",
     "raybooth_serving.spill",
+    "raybooth_serving.keys",
+    "raybooth_serving.rates",
+    "raybooth_serving.policy",
+    "raybooth_serving.auth",
 )
 RAY_FILES = {
     "platform/raybooth/fleet/dispatcher.py",
