@@ -15,6 +15,7 @@ from raybooth.previews import PREVIEW, has_preview
 from raybooth.store import AdapterRecord, FullRecord, Record, Store, is_seen
 from raybooth_serving.api import ModelCard
 from raybooth_serving.errors import StoreAwayError
+from raybooth_serving.metrics import EngineMetrics
 from raybooth_serving.recall import Recall, is_away, unreadable
 
 SETTLED_NS = 2 * 10**9
@@ -45,12 +46,13 @@ class Catalog:
         on_deleted: Callable[[str], None] | None = None,
         *,
         serves_full: bool = False,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self.store = store
         self.bases = tuple(bases)
         self.on_deleted = on_deleted
         self.serves_full = serves_full
-        self.recall = Recall()
+        self.recall = Recall(EngineMetrics() if metrics is None else metrics)
         self._listings: dict[tuple[str, bool], _Listing] = {}
 
     def seen_by(self, subjects: Sequence[str]) -> Catalog:

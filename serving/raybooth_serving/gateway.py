@@ -108,7 +108,10 @@ class Engines:
     async def metrics(self) -> dict[str, float]:
         """Counters of all replicas of all bases, as one."""
         told = [answer for engine in self.engines for answer in await _ask_all(engine, "metrics")]
-        return merge([answer for answer in told if not isinstance(answer, Exception)])
+        counted = merge([answer for answer in told if not isinstance(answer, Exception)])
+        if self._catalog is not None:  # names are asked for here first
+            counted["store_away_requests"] = self._catalog.recall.metrics.store_away_requests
+        return counted
 
     async def check_health(self) -> None:
         """Raises ServingError unless each base has a replica that can answer."""

@@ -26,6 +26,8 @@ COUNTERS = {
     "slot_evictions": "Adapters that left their slot for another.",
     "host_hits": "Orders whose adapter was in host memory.",
     "host_loads": "Adapters read from the store.",
+    "host_evictions": "Adapters that left host memory for others.",
+    "store_away_requests": "Requests that the store could not be asked about.",
     "prompt_hits": "Prompts whose embedding was in memory.",
     "prompt_encodes": "Prompts encoded.",
 }
@@ -44,6 +46,9 @@ GAUGES = {
     "images_running": "Images in the batch.",
     "subjects_per_step": "Subjects in the last denoise step.",
     "backlog_s": "Seconds until all that waits and runs would be done.",
+    "host_adapters": "Adapters in host memory.",
+    "host_bytes": "Host memory of adapters.",
+    "prompt_bytes": "Host memory of prompt embeddings.",
 }
 STEP_SECONDS = "step_seconds"
 PREFIX = "raybooth_"
@@ -89,5 +94,5 @@ class Exporter:
             if gained > 0:
                 counter.inc(gained, self.base)
                 self._told[name] += gained
-        for name in ("images_waiting", "images_running", "backlog_s"):
+        for name in GAUGES.keys() - {"subjects_per_step"}:
             self.gauges[name].set(getattr(self.metrics, name), self.base)

@@ -15,6 +15,7 @@ from threading import Lock
 
 from raybooth.errors import StoreError
 from raybooth.store import Record
+from raybooth_serving.metrics import EngineMetrics
 
 MAX_NAMES = 4096
 
@@ -24,11 +25,9 @@ logger = logging.getLogger(__name__)
 class Recall:
     """Names to records, the least recently resolved forgotten first; any thread may ask."""
 
-    def __init__(self, max_names: int = MAX_NAMES) -> None:
+    def __init__(self, metrics: EngineMetrics, max_names: int = MAX_NAMES) -> None:
+        self.metrics = metrics
         self.max_names = max_names
-        self.num_away = 0
-        """Requests that the store could not be asked about."""
-
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._has_read = self._is_away = False
         self._lock = Lock()
@@ -48,7 +47,7 @@ class Recall:
     def store_is_away(self, error: Exception) -> None:
         """The store could not be read."""
         with self._lock:
-            self.num_away += 1
+            self.metrics.store_away_requests += 1
             if not self._is_away:
                 logger.warning("the store is away, subjects in memory go on: %s", error)
             self._is_away = True

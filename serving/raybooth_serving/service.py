@@ -52,7 +52,7 @@ class Service:
         self.name = base_name(base)
         self.known = KnownBase(self.name, base.fingerprint)
         self.engine = Engine(base, store, served.engine)
-        self.catalog = Catalog(store, [self.known], self.engine.forget)
+        self.catalog = Catalog(store, [self.known], self.engine.forget, metrics=self.engine.metrics)
         self.fingerprint = fingerprint_engine(base, served.engine)
         self.door = Door()
         safety = config.safety
@@ -104,7 +104,6 @@ class Service:
 
     async def metrics(self) -> dict[str, float]:
         """The engine's counters."""
-        self.engine.metrics.store_away_requests = self.catalog.recall.num_away
         return self.engine.snapshot()
 
     async def check_health(self) -> None:

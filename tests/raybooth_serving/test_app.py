@@ -135,6 +135,29 @@ def test_published_while_serving(endpoint: Endpoint, base: Base) -> None:
     assert "newcomer" in [model.id for model in endpoint.client.models.list()]
 
 
+def test_several_subjects_in_one_image(endpoint: Endpoint) -> None:
+    both = [{"subject": "dog-a", "scale": 0.5}, {"subject": "dog-b@latest", "scale": 0.5}]
+    first = pixels(endpoint.client, "tiny", adapters=both)
+    assert pixels(endpoint.client, "dog-a", adapters=both) == first
+    assert first not in [pixels(endpoint.client, model) for model in ("tiny", "dog-a", "dog-b")]
+
+
+def test_subjects_in_memory_go_on_while_the_store_is_away(endpoint: Endpoint) -> None:
+    before = pixels(endpoint.client, "dog-b")
+    aside = endpoint.store.root.with_name("aside")
+    endpoint.store.root.rename(aside)
+    try:
+        assert pixels(endpoint.client, "dog-b") == before
+        with pytest.raises(openai.InternalServerError, match="the store is away") as error:
+            pixels(endpoint.client, "never-seen")
+        assert (error.value.status_code, error.value.code) == (503, "store_away")
+        assert Client(endpoint.url).metrics()["store_away_requests"] == 2
+    finally:
+        aside.rename(endpoint.store.root)
+    with pytest.raises(openai.NotFoundError):
+        pixels(endpoint.client, "never-seen")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [

@@ -63,7 +63,7 @@ def test_names_mean_what_they_meant_while_the_store_is_away(
                 catalog.resolve(name)
         with pytest.raises(StoreAwayError, match="the list of models"):
             catalog.cards()
-        assert catalog.recall.num_away == 5
+        assert catalog.recall.metrics.store_away_requests == 5
     newer = publish(store, base, "dog-a", 9)
     assert catalog.resolve("dog-a") == newer
     assert [card.id for card in catalog.cards()] == ["tiny", *SUBJECTS]
