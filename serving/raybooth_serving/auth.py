@@ -26,7 +26,7 @@ from raybooth.config import AuthConfig
 from raybooth.errors import ConfigError, RayBoothError
 from raybooth_serving.answers import answer
 from raybooth_serving.caller import Caller
-from raybooth_serving.errors import AuthError, ContentPolicyError, RateError, TooLargeError
+from raybooth_serving.errors import AuthError, RateError, TooLargeError, UnfitImageError
 from raybooth_serving.keys import FILE, KeyRecord, Keyring
 from raybooth_serving.rates import Rates
 
@@ -65,7 +65,7 @@ class Guest:
             raise RateError("this API key has spent its rate", found, do, seconds)
         try:
             yield
-        except ContentPolicyError:
+        except UnfitImageError:
             raise
         except RayBoothError:
             self.rates.give_back(self.key.id, num_images)

@@ -76,6 +76,10 @@ class RateError(QueueFullError):
 
 
 class ContentPolicyError(RequestError):
-    """A prompt or a picture that this endpoint does not make."""
+    """A prompt that this endpoint does not draw."""
 
     code = "content_policy_violation"
+
+
+class UnfitImageError(ContentPolicyError):
+    """An image that was made and is not sent."""

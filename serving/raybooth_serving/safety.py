@@ -17,7 +17,7 @@ from PIL import Image
 
 from raybooth.config import SafetyConfig
 from raybooth.errors import ConfigError
-from raybooth_serving.errors import ContentPolicyError
+from raybooth_serving.errors import UnfitImageError
 
 _PARTS = (("safety_checker/", "feature_extractor/"), ("", ""))
 _MODEL = ("config.json", "model.safetensors")
@@ -56,12 +56,12 @@ class SafetyChecker:
         return bool(flags[0])
 
     def finished(self, image: Image.Image) -> tuple[Image.Image, bool]:
-        """The picture to send and whether it was flagged; raises ContentPolicyError."""
+        """The picture to send and whether it was flagged; raises UnfitImageError."""
         if not self.flags(image):
             return image, False
         if self.on_flag == "refuse":
             do = "try another prompt or seed"
-            raise ContentPolicyError("the safety checker refuses the image that was made", "", do)
+            raise UnfitImageError("the safety checker refuses the image that was made", "", do)
         return black(image), True
 
     def partial(self, image: Image.Image) -> Image.Image:

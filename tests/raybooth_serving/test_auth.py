@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import re
 import time
@@ -252,7 +253,7 @@ def test_a_revoked_key_ends_at_once(booth: Guarded) -> None:
 def test_secrets_are_in_no_log_and_no_answer(
     booth: Guarded, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, secret = booth.ring.create("studio", subjects=["dog-*"], images_per_minute=2)
+    key, secret = booth.ring.create("studio", subjects=["dog-*"], images_per_minute=2)
     caplog.set_level(logging.DEBUG)
     answers = [booth.draw(secret, model, n=n) for model, n in (("dog-a", 2), ("x", 1), ("x", 9))]
     answers += [booth.ask("GET", path, secret) for path in ("/metrics.json", "/v1/models", "/")]
@@ -260,6 +261,10 @@ def test_secrets_are_in_no_log_and_no_answer(
     for text in (caplog.text, *(f"{each.headers}{each.text}" for each in answers)):
         assert secret not in text
         assert hash_secret(secret.encode()) not in text
+    picture = base64.b64decode(answers[0].json()["data"][0]["b64_json"])
+    assert b"raybooth:receipt" in picture
+    for told in (secret, key.id, key.name):
+        assert told.encode() not in picture
 
 
 # ------------------------------------------------------------------ how much

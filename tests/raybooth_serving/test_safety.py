@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from raybooth.config import SafetyConfig, ServeConfig, parse_config
 from raybooth.errors import ConfigError, InputProblems
-from raybooth_serving.errors import ContentPolicyError
+from raybooth_serving.errors import UnfitImageError
 from raybooth_serving.safety import SafetyChecker
 from tests.raybooth_serving.checker import write_tiny_checker
 
@@ -36,7 +36,7 @@ def test_what_is_flagged_is_refused_or_black(folder: Path) -> None:
     assert checker.flags(RED)
     assert not checker.flags(BLUE)
     assert checker.finished(BLUE) == (BLUE, False)
-    with pytest.raises(ContentPolicyError, match="refuses the image"):
+    with pytest.raises(UnfitImageError, match="refuses the image"):
         checker.finished(RED)
     blank, is_flagged = _load(folder, on_flag="blank").finished(RED)
     assert is_flagged

@@ -94,6 +94,17 @@ def test_the_policy_is_asked_before_anything_is_queued(base: Base, store: Store)
         assert _draw(client, secret).status_code == 200
 
 
+def test_refused_prompts_are_free_and_unfit_images_are_not(
+    base: Base, store: Store, prude: str
+) -> None:
+    keyring = Keyring(store.root.parent / "keys.json")
+    _, secret = keyring.create("studio", subjects=["*"], images_per_minute=1)
+    with _serving(base, store, keyring, policy=f"{POLICIES}:no_cats", checker=prude) as client:
+        prompts = ("a cat", "a cat", "a dog", "a dog")
+        statuses = [_draw(client, secret, prompt=prompt).status_code for prompt in prompts]
+    assert statuses == [400, 400, 400, 429]
+
+
 def test_a_broken_policy_refuses_everything(
     base: Base, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
