@@ -35,6 +35,7 @@ from raybooth_serving.errors import RateError
 from raybooth_serving.keys import Keyring, hash_secret
 from raybooth_serving.routes import make_app
 from raybooth_serving.service import Service
+from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish
 
 ROUTE = "/v1/images/generations"
@@ -74,17 +75,27 @@ def _guard(base: Base, store: Store) -> Iterator[Guarded]:
         client.portal.call(service.engine.close)
 
 
-@pytest.fixture
-def booth(base: Base, store: Store) -> Iterator[Guarded]:
-    """The four subjects of conftest.py."""
+@pytest.fixture(scope="module")
+def shared(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    store = Store(tmp_path_factory.mktemp("booth") / "models")
+    for seed, subject_id in enumerate(SUBJECTS):
+        publish(store, base, subject_id, seed)
+    store.set_alias("dog-a", "best", 1)
     yield from _guard(base, store)
+
+
+@pytest.fixture
+def booth(shared: Guarded) -> Guarded:
+    """The subjects of conftest.py; no keys yet."""
+    shared.ring.path.unlink(missing_ok=True)
+    return shared
 
 
 @pytest.fixture
 def dogless(base: Base, tmp_path: Path) -> Iterator[Guarded]:
     """An endpoint where there are no dogs."""
     store = Store(tmp_path / "dogless" / "models")
-    publish(store, base, "robot-c", 2, rank=3)
+    publish(store, base, "robot-c", 2)
     yield from _guard(base, store)
 
 
@@ -171,13 +182,14 @@ def test_two_authorizations_are_none(booth: Guarded) -> None:
     assert booth.client.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_health_is_open_and_tells_nothing(booth: Guarded) -> None:
+def test_health_is_open_and_tells_nothing(dogless: Guarded) -> None:
+    booth = dogless
     for method, status in (("GET", 200), ("POST", 405), ("OPTIONS", 405)):
         assert booth.ask(method, "/healthz").status_code == status
     assert booth.ask("GET", "/healthz").json() == {"status": "ok"}
     _, good = booth.ring.create("good", subjects=["*"])
     booth.service.engine._tick.shutdown()  # as if the thread had died
-    assert "found RuntimeError" in _error(booth.draw(good))["message"]
+    assert "found RuntimeError" in _error(booth.draw(good, "tiny"))["message"]
     ill = booth.ask("GET", "/healthz")
     assert ill.status_code == 503
     assert _error(ill)["message"] == "this endpoint is not well; its log says why"
@@ -212,7 +224,6 @@ def test_the_openai_client_understands(booth: Guarded) -> None:
 
 
 def test_subjects_of_others_are_as_if_they_were_not_there(booth: Guarded, dogless: Guarded) -> None:
-    booth.store.set_alias("dog-a", "best", 1)
     _, here = booth.ring.create("robots", subjects=["robot-*"])
     _, there = dogless.ring.create("all", subjects=["*"])
     labels = ("", "@1", "@9", "@latest", "@best", "@preview", "@", "@1@2")
@@ -309,6 +320,7 @@ def test_a_key_has_few_requests_in_progress(booth: Guarded) -> None:
 def test_a_key_with_one_image_goes_before_the_rest_of_one_with_many(booth: Guarded) -> None:
     _, many = booth.ring.create("many", subjects=["*"])
     _, few = booth.ring.create("few", subjects=["*"])
+    already = booth.service.engine.metrics.denoise_steps
     ended: list[str] = []
 
     def draw(name: str, secret: str, n: int) -> int:
@@ -318,7 +330,7 @@ def test_a_key_with_one_image_goes_before_the_rest_of_one_with_many(booth: Guard
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(draw, "many", many, 6)
-        while booth.service.engine.metrics.denoise_steps < 2:
+        while booth.service.engine.metrics.denoise_steps < already + 2:
             time.sleep(0.01)
         second = threads.submit(draw, "few", few, 1)
         assert (first.result(), second.result()) == (200, 200)
@@ -358,12 +370,9 @@ def test_bodies_that_a_page_could_send_unasked_are_refused(booth: Guarded) -> No
 
 
 @pytest.fixture
-def local(base: Base, store: Store) -> Iterator[TestClient]:
-    service = Service(base, store, CONFIG, SERVED)
-    with TestClient(make_app(service, CONFIG.limits), base_url="http://127.0.0.1:8000") as client:
-        yield client
-        assert client.portal is not None
-        client.portal.call(service.engine.close)
+def local(shared: Guarded) -> TestClient:
+    """The same service, without keys."""
+    return TestClient(make_app(shared.service, CONFIG.limits), base_url="http://127.0.0.1:8000")
 
 
 def test_without_keys_only_this_machine_is_answered(local: TestClient) -> None:
