@@ -26,6 +26,9 @@ class Call:
     tenant: str
     body: dict[str, Any]
     leaves_after_s: float | None = None
+    deadline_s: float | None = None
+    """What it says in the header; the image by then or a refusal."""
+
     is_bad: bool = False
     """Must be refused as the caller's own fault."""
 
@@ -88,6 +91,8 @@ def draw_call(
         return Call(at_s, tenant, body, leaves_after_s=draw.uniform(0.2, 4.0))
     if chance < 0.33:
         body |= {"stream": True, "partial_images": draw.choice((0, 1, 2))}
+    elif chance < 0.43:
+        return Call(at_s, tenant, body, deadline_s=draw.choice((5.0, 20.0)))
     return Call(at_s, tenant, body, is_patient=draw.random() < 0.15)
 
 
@@ -129,7 +134,7 @@ class Callers:
         try:
             async with asyncio.timeout(call.leaves_after_s or TIMEOUT_S):
                 answer = await self.client.post(
-                    PATH, json=call.body, headers=self._headers(call.tenant)
+                    PATH, json=call.body, headers=self._headers(call.tenant, call.deadline_s)
                 )
             status = answer.status_code
             if status != 200:
@@ -148,5 +153,8 @@ class Callers:
             outcome.retry_after_s.append(after)
         return outcome
 
-    def _headers(self, tenant: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.keys[tenant]}"}
+    def _headers(self, tenant: str, deadline_s: float | None = None) -> dict[str, str]:
+        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
+        if deadline_s is not None:
+            headers["x-request-timeout-seconds"] = f"{deadline_s:g}"
+        return headers
