@@ -249,6 +249,28 @@ def test_a_dead_loop_fails_everyone_and_its_health(base: Base, store: Store) -> 
     run(base, store, config(), act)
 
 
+def test_a_half_precision_bank_holds_what_the_base_computes_in(
+    tiny_folder: Path, store: Store
+) -> None:
+    half = load_base(str(tiny_folder), dtype=torch.bfloat16)
+    jobs = [(subject, replace(job, num_inference_steps=2)) for subject, job in MIXED[:4]]
+    found = run(half, store, config(), lambda engine: together(engine, store, jobs))
+    for (subject, request), png in zip(jobs, found, strict=True):
+        assert subject is not None
+        assert png == alone(half, store.fetch(subject), store, request)
+
+
+def test_a_calibrated_engine_knows_its_step_time_before_the_first_order(
+    base: Base, store: Store
+) -> None:
+    settings = config().model_copy(update={"calibrate": True})
+
+    async def act(engine: Engine) -> float | None:
+        return engine.profile.seconds(4, 64)
+
+    assert run(base, store, settings, act)
+
+
 def test_prompts_are_encoded_once(base: Base, store: Store) -> None:
     async def act(engine: Engine) -> dict[str, float]:
         request = SampleRequest("a dog", num_inference_steps=2)
