@@ -31,10 +31,12 @@ from ray.serve.config import (
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
 from raybooth.config import (
+    EngineConfig,
     LimitsConfig,
     ReplicasConfig,
     ServeConfig,
     ServedBase,
+    ServedFull,
     find_config,
     load_yaml,
     merge,
@@ -43,7 +45,7 @@ from raybooth.config import (
 from raybooth.errors import ClusterError, ServingError
 from raybooth.home import home
 from raybooth_serving.gateway import Gateway
-from raybooth_serving.replicas import EngineReplica
+from raybooth_serving.replicas import EngineReplica, FullReplica
 
 APPLICATION = "raybooth"
 IMPORT_PATH = "raybooth_serving.app:build"
@@ -69,9 +71,16 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     config = parse_config(ServeConfig, values, "serve args")
     plain = config.model_dump(mode="json")
     engines = [
-        _engines(served, config.limits).bind(plain, place, str(root))
+        _engines(EngineReplica, f"engine-{served.slug}", served, served.engine, config.limits).bind(
+            plain, place, str(root)
+        )
         for place, served in enumerate(config.bases)
     ]
+    full = None
+    if config.full is not None:
+        largest = max((served.engine for served in config.bases), key=_most_images)
+        full = _engines(FullReplica, "engine-full", config.full, largest, config.limits)
+        full = full.bind(plain, str(root))
     return serve.deployment(
         serve.ingress()(Gateway),
         name="gateway",
@@ -81,20 +90,26 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.limits.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-    ).bind(engines, plain, str(root))
+    ).bind(engines, full, plain, str(root))
 
 
-def _engines(served: ServedBase, limits: LimitsConfig) -> serve.Deployment:
-    """The deployment of one base; it has the same name wherever the base stands in the config."""
-    queue, rows = served.engine.max_queued_images, max(served.engine.row_buckets)
+def _engines(
+    replica: type,
+    name: str,
+    pool: ServedBase | ServedFull,
+    engine: EngineConfig,
+    limits: LimitsConfig,
+) -> serve.Deployment:
+    """A deployment of engines; its name stays the same wherever a base stands in the config."""
+    rows = max(engine.row_buckets)
     router = {"num_free": max(1, rows // 2), "wait_s": limits.replica_wait_s}
     return serve.deployment(
-        EngineReplica,
-        name=f"engine-{served.slug}",
-        **_replicas(served.replicas),
-        ray_actor_options={"num_cpus": served.num_cpus, "num_gpus": _num_gpus(served.num_gpus)},
-        max_ongoing_requests=queue + rows + 8,  # it queues by itself
-        max_queued_requests=queue,
+        replica,
+        name=name,
+        **_replicas(pool.replicas),
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": _num_gpus(pool.num_gpus)},
+        max_ongoing_requests=_most_images(engine) + 8,  # it queues by itself
+        max_queued_requests=engine.max_queued_images,
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER, request_router_kwargs=router
         ),
@@ -102,6 +117,11 @@ def _engines(served: ServedBase, limits: LimitsConfig) -> serve.Deployment:
         graceful_shutdown_timeout_s=limits.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
     )
+
+
+def _most_images(engine: EngineConfig) -> int:
+    """Images that wait and run in one engine at most."""
+    return engine.max_queued_images + max(engine.row_buckets)
 
 
 def _replicas(replicas: int | ReplicasConfig) -> dict[str, Any]:

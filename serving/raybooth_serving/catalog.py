@@ -131,7 +131,8 @@ class Catalog:
             raise BaseModelError(
                 f"{record.reference} is a full fine-tune, not an adapter",
                 f"weights of its own for {', '.join(record.parts)}",
-                f"make an adapter of it with `raybooth extract {record.reference}`",
+                f"make an adapter of it with `raybooth extract {record.reference}`, "
+                "or set `full` in the endpoint's config",
             )
 
     def _fetch(self, model: str) -> Record:

@@ -54,7 +54,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     names = [served.base for served in bases]
     known = tuple(map(KnownBase, names, map(fingerprint_base, folders)))
-    catalog = Catalog(Store(root / "models"), known)
+    store, serves_full = Store(root / "models"), config.full is not None
+    catalog = Catalog(store, known, serves_full=serves_full)
     print(f"starting Ray Serve with {', '.join(names)} ...", flush=True)
     with deployed(config, root) as url:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own

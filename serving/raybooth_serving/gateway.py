@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,11 +27,13 @@ from raybooth_serving.catalog import Catalog
 from raybooth_serving.directory import find_engine
 from raybooth_serving.errors import NoReplicaError, QueueFullError, ReplicaDiedError
 from raybooth_serving.metrics import merge
+from raybooth_serving.prometheus import GatewayCounts
 from raybooth_serving.routes import make_app
 from raybooth_serving.streams import StreamEvent
 
 Handle: TypeAlias = DeploymentHandle[Any]
 RETRY_AFTER_S = 10
+ASK_ALL_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,15 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """The HTTP routes; holds no weights."""
 
-    def __init__(self, engines: Sequence[Handle], config: Mapping[str, Any], root: str) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Handle],
+        full: Handle | None,
+        config: Mapping[str, Any],
+        root: str,
+    ) -> None:
         self.config = parse_config(ServeConfig, config, "the gateway's config")
-        self.backend = Engines(engines, Store(Path(root) / "models"))
+        self.backend = Engines(engines, full, Store(Path(root) / "models"))
         host = _get_global_client().http_config.host  # where the proxies listen, not what we say
         self.keyring = open_keyring(self.config.auth, host, Path(root))
 
@@ -52,34 +60,32 @@ class Gateway:
 class Engines:
     """The engine deployments as one backend of the routes."""
 
-    def __init__(self, engines: Sequence[Handle], store: Store) -> None:
+    def __init__(self, engines: Sequence[Handle], full: Handle | None, store: Store) -> None:
         self.engines = tuple(engines)
+        self.full = full
         self.store = store
+        self.counts = GatewayCounts()
         self._catalog: Catalog | None = None
         self._forgetting: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images; made a second time elsewhere if their replica dies."""
-        since = time.monotonic()
-        handle, pinned = await self._find(request, caller)
+        call = await self._find(request, caller)
         try:
             with _errors_as_raised():
-                answer: ImagesResponse = await _result(handle.generate.remote(pinned, caller))
+                answer: ImagesResponse = await _result(call.start("generate"))
         except ReplicaDiedError as error:
-            logger.warning("%s is made again: %s", pinned.model, error)
+            self._note_again(call, error)
             with _errors_as_raised():
-                left = _later(caller, since)
-                answer = await _result(handle.generate.remote(pinned, left))
+                answer = await _result(call.start("generate"))
         return answer
 
     async def stream(
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]:
-        """The events; begun again elsewhere if the replica dies before the first of them."""
-        since = time.monotonic()
-        handle, pinned = await self._find(request, caller)
-        handle = handle.options(stream=True)
-        events = handle.stream.remote(pinned, caller)
+        """The events; begun again elsewhere if the replica dies before the first picture."""
+        call = await self._find(request, caller)
+        events = call.start("stream", stream=True)
         has_begun, is_second = False, False
         try:
             while True:
@@ -91,8 +97,8 @@ class Engines:
                 except ReplicaDiedError as error:
                     if has_begun or is_second:
                         raise
-                    logger.warning("%s is begun again: %s", pinned.model, error)
-                    events, is_second = handle.stream.remote(pinned, _later(caller, since)), True
+                    self._note_again(call, error)
+                    events, is_second = call.start("stream", stream=True), True
                     continue
                 has_begun = has_begun or not isinstance(event, Note)
                 yield event
@@ -107,7 +113,7 @@ class Engines:
 
     async def metrics(self) -> dict[str, float]:
         """Counters of all replicas of all bases, as one."""
-        told = [answer for engine in self.engines for answer in await _ask_all(engine, "metrics")]
+        told = [answer for engine in self._all() for answer in await _ask_all(engine, "metrics")]
         counted = merge([answer for answer in told if not isinstance(answer, Exception)])
         if self._catalog is not None:  # names are asked for here first
             counted["store_away_requests"] = self._catalog.recall.metrics.store_away_requests
@@ -115,17 +121,31 @@ class Engines:
 
     async def check_health(self) -> None:
         """Raises ServingError unless each base has a replica that can answer."""
-        for engine in self.engines:
+        for engine in self._all():
             answers = await _ask_all(engine, "check_health")
             if all(isinstance(answer, Exception) for answer in answers):
                 with _errors_as_raised():
                     raise answers[0]
 
-    async def _find(self, request: ImagesRequest, caller: Caller) -> tuple[Handle, ImagesRequest]:
-        """The engine that answers, and the request with its versions pinned."""
+    def _note_again(self, call: _Call, error: ReplicaDiedError) -> None:
+        logger.warning("%s is made again: %s", call.request.model, error)
+        self.counts.again.inc()
+
+    def _all(self) -> tuple[Handle, ...]:
+        return self.engines if self.full is None else (*self.engines, self.full)
+
+    async def _find(self, request: ImagesRequest, caller: Caller) -> _Call:
+        """The call of the engine that answers."""
+        since = time.monotonic()
         catalog = (await self._known()).seen_by(caller.subjects)
-        found = await asyncio.to_thread(find_engine, catalog, request)
-        return self.engines[found.base].options(session_id=found.session), found.request
+        try:
+            found = await asyncio.to_thread(find_engine, catalog, request)
+        finally:
+            self.counts.tell_away(catalog.recall.metrics.store_away_requests)
+        if not found.is_full:
+            return _Call(self.engines[found.base], found.session, found.request, caller, since)
+        assert self.full is not None, "the catalog has full models only where they are served"
+        return _Call(self.full, found.session, found.request, caller, since, (found.base,))
 
     async def _known(self) -> Catalog:
         """The catalog of all bases; the engines are asked once what they serve."""
@@ -138,7 +158,8 @@ class Engines:
             def forget(subject_id: str) -> None:
                 loop.call_soon_threadsafe(self._forget, subject_id)
 
-            self._catalog = Catalog(self.store, bases, forget)
+            serves_full = self.full is not None
+            self._catalog = Catalog(self.store, bases, forget, serves_full=serves_full)
         return self._catalog
 
     def _forget(self, subject_id: str) -> None:
@@ -148,18 +169,38 @@ class Engines:
         task.add_done_callback(self._forgetting.discard)
 
     async def _tell_all(self, subject_id: str) -> None:
-        for engine in self.engines:
-            answers = await _ask_all(engine, "forget", subject_id)
+        for engine in self._all():
+            try:
+                answers = await _ask_all(engine, "forget", subject_id)
+            except ServingError as error:
+                answers = [error]
             for answer in answers:
                 if isinstance(answer, Exception):
                     logger.warning("a replica may still hold %s: %s", subject_id, answer)
 
 
-def _later(caller: Caller, since: float) -> Caller:
-    """`caller` with what is left of its deadline."""
-    if caller.deadline_s is None:
-        return caller
-    return replace(caller, deadline_s=caller.deadline_s - (time.monotonic() - since))
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is asked of a replica, as often as it has to be."""
+
+    engine: Handle
+    session: str
+    request: ImagesRequest
+    caller: Caller
+    since: float
+    """time.monotonic() at its arrival."""
+
+    place: tuple[int, ...] = ()
+    """Of the base, where the engine has to be told."""
+
+    def start(self, method: str, *, stream: bool = False) -> Any:
+        """Ask now, with what is left of the caller's time."""
+        handle = self.engine.options(method_name=method, session_id=self.session, stream=stream)
+        caller = self.caller
+        if caller.deadline_s is not None:
+            left_s = caller.deadline_s - (time.monotonic() - self.since)
+            caller = replace(caller, deadline_s=left_s)
+        return handle.remote(self.request, caller, *self.place)
 
 
 async def _result(response: Any) -> Any:
@@ -173,10 +214,15 @@ async def _result(response: Any) -> Any:
 
 async def _ask_all(engine: Handle, method: str, *values: Any) -> list[Any]:
     """What each replica answers, or raises; NoReplicaError where there is none."""
-    with _errors_as_raised():
-        asked = engine.broadcast(method, *values)
-        answers: list[Any] = await asked.results_async(timeout_s=5, return_exceptions=True)
-        return answers
+    asked = engine.broadcast(method, *values)
+    try:
+        with _errors_as_raised():
+            answers: list[Any] = await asked.results_async(
+                timeout_s=ASK_ALL_S, return_exceptions=True
+            )
+    except TimeoutError as error:
+        raise ServingError("a replica does not answer", method, "try again") from error
+    return answers
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """An engine's counters as Prometheus metrics of Ray, which adds the replica and its deployment.
 
-Ray writes each as `ray_<name>`; cluster/grafana-dashboard.json draws them.
+Ray writes `ray_raybooth_<name>`, counters with `_total`; cluster/grafana-dashboard.json draws them.
+Of a histogram's values Ray keeps the bins alone, so that its sum is a guess: means are of counters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COUNTERS = {
     "host_hits": "Orders whose adapter was in host memory.",
     "host_loads": "Adapters read from the store.",
     "host_evictions": "Adapters that left host memory for others.",
-    "store_away_requests": "Requests that the store could not be asked about.",
+    "steps_out_of_memory": "Denoise steps that did not fit the device's memory.",
     "prompt_hits": "Prompts whose embedding was in memory.",
     "prompt_encodes": "Prompts encoded.",
 }
@@ -38,6 +39,7 @@ STEP_COUNTERS = {
     "denoised_rows": "Rows denoised.",
     "bucket_rows": "Rows of the buckets that they ran in.",
     "images_denoised": "Images denoised, in parts of an image.",
+    "step_seconds": "Seconds of denoise steps.",
 }
 """By base, bucket and size of the images."""
 
@@ -50,7 +52,8 @@ GAUGES = {
     "host_bytes": "Host memory of adapters.",
     "prompt_bytes": "Host memory of prompt embeddings.",
 }
-STEP_SECONDS = "step_seconds"
+DURATION = "step_duration_seconds"
+AGAIN, AWAY = "requests_again", "store_away_requests"
 PREFIX = "raybooth_"
 BOUNDS_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 
@@ -67,7 +70,7 @@ class Exporter:
         self.steps = {n: Counter(PREFIX + n, text, **by_step) for n, text in STEP_COUNTERS.items()}
         self.gauges = {n: Gauge(PREFIX + n, text, **by_base) for n, text in GAUGES.items()}
         self.seconds = Histogram(
-            PREFIX + STEP_SECONDS, "Seconds of a denoise step.", boundaries=BOUNDS_S, **by_step
+            PREFIX + DURATION, "Seconds of a denoise step.", boundaries=BOUNDS_S, **by_step
         )
         self._told = dict.fromkeys(COUNTERS, 0.0)
         metrics.observers.append(self)
@@ -80,6 +83,7 @@ class Exporter:
             "denoised_rows": report.num_rows,
             "bucket_rows": report.bucket,
             "images_denoised": report.num_images,
+            "step_seconds": report.seconds,
         }
         for name, value in values.items():
             self.steps[name].inc(value, tags)
@@ -96,3 +100,18 @@ class Exporter:
                 self._told[name] += gained
         for name in GAUGES.keys() - {"subjects_per_step"}:
             self.gauges[name].set(getattr(self.metrics, name), self.base)
+
+
+class GatewayCounts:
+    """What the gateway counts itself."""
+
+    def __init__(self) -> None:
+        self.again = Counter(PREFIX + AGAIN, "Requests made again because their replica died.")
+        self.away = Counter(PREFIX + AWAY, "Requests that the store could not be asked about.")
+        self._told_away = 0
+
+    def tell_away(self, total: int) -> None:
+        """So many requests by now found the store away."""
+        if total > self._told_away:
+            self.away.inc(total - self._told_away)
+            self._told_away = total

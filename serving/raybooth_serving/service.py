@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -17,7 +18,7 @@ from raybooth.config import ServeConfig, ServedBase
 from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest, guides
-from raybooth.store import Store
+from raybooth.store import FullRecord, Store
 from raybooth_serving.api import (
     ImagesRequest,
     ImagesResponse,
@@ -45,12 +46,21 @@ from raybooth_serving.streams import Events, StreamEvent
 class Service:
     """Answers requests from one replica's engine."""
 
-    def __init__(self, base: Base, store: Store, config: ServeConfig, served: ServedBase) -> None:
+    def __init__(
+        self,
+        base: Base,
+        store: Store,
+        config: ServeConfig,
+        served: ServedBase,
+        full: FullRecord | None = None,
+    ) -> None:
+        """`full` is the full fine-tune whose weights `base` has, if it has not its own."""
         self.base = base
         self.config = config
         self.served = served
-        self.name = base_name(base)
-        self.known = KnownBase(self.name, base.fingerprint)
+        self.full = full
+        self.known = _known(base, full)
+        self.name = self.known.name
         self.engine = Engine(base, store, served.engine)
         self.catalog = Catalog(store, [self.known], self.engine.forget, metrics=self.engine.metrics)
         self.fingerprint = fingerprint_engine(base, served.engine)
@@ -62,10 +72,7 @@ class Service:
     @classmethod
     def start(cls, config: ServeConfig, served: ServedBase, store: Store) -> Service:
         """Load `served`, one of the bases of `config`, onto the device that there is."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = DTYPES[served.precision]
-        base = load_base(served.base, revision=served.revision, device=device, dtype=dtype)
-        return cls(base, store, config, served)
+        return cls(load_served(served), store, config, served)
 
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
@@ -117,12 +124,13 @@ class Service:
         samples = tuple(self._samples(request, parts))
         if self.policy is not None:
             subjects = [part.record.subject_id for part in parts]
+            subjects += [] if self.full is None else [self.full.subject_id]
             asked = (request.prompt, request.negative_prompt, subjects, caller.key_name)
             await asyncio.to_thread(check_prompt, self.policy, *asked)
         return Drawing(
             base=self.base,
             used=UsedBase(
-                name=self.name, revision=self.served.revision, fingerprint=self.base.fingerprint
+                name=self.name, revision=self.served.revision, fingerprint=self.known.fingerprint
             ),
             fingerprint=self.fingerprint,
             request=request,
@@ -189,6 +197,7 @@ class Service:
                 height=height,
                 width=width,
                 adapter_scale=request.adapter_scale,
+                zero_terminal_snr=self.full is not None and self.full.zero_terminal_snr,
             )
             for index in range(request.n)
         ]
@@ -204,6 +213,22 @@ class Service:
         if width * height > limit:
             what = f"this endpoint makes at most {limit} pixels"
             raise ParameterError("size", what, found, f"for example {native}x{native}")
+
+
+def load_served(served: ServedBase) -> Base:
+    """The base of `served` on the device that there is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[served.precision]
+    return load_base(served.base, revision=served.revision, device=device, dtype=dtype)
+
+
+def _known(base: Base, full: FullRecord | None) -> KnownBase:
+    """What requests call it, and which weights it has."""
+    if full is None:
+        return KnownBase(base_name(base), base.fingerprint)
+    digests = "".join(f"\0{name} {file.sha256}" for name, file in sorted(full.files.items()))
+    fingerprint = hashlib.sha256(f"{base.fingerprint}{digests}".encode()).hexdigest()
+    return KnownBase(full.reference, fingerprint)
 
 
 def base_name(base: Base) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,23 +11,9 @@ from raybooth.store import WEIGHTS, AdapterRecord, BaseRecord, FullRecord, Store
 from raybooth_serving.api import AdapterChoice, ImagesRequest, ParameterError
 from raybooth_serving.catalog import Catalog, KnownBase
 from raybooth_serving.directory import find_engine
+from tests.raybooth_serving.published import COMMON
 
 ONE, TWO, OTHER = "1" * 64, "2" * 64, "3" * 64
-COMMON: dict[str, Any] = {
-    "job_id": "job",
-    "class_noun": "dog",
-    "identifier": "sks",
-    "instance_prompt": "a photo of sks dog",
-    "class_prompt": "a photo of a dog",
-    "num_parameters": 1,
-    "train": {},
-    "photos": (),
-    "prior": None,
-    "loss_curve": (),
-    "num_train_steps": 1,
-    "seconds": {},
-    "versions": {},
-}
 
 
 def publish(store: Store, subject_id: str, fingerprint: str, *, is_full: bool = False) -> None:

@@ -20,6 +20,7 @@ from raybooth.config.serve import ReplicasConfig as ReplicasConfig
 from raybooth.config.serve import SamplingDefaults as SamplingDefaults
 from raybooth.config.serve import ServeConfig as ServeConfig
 from raybooth.config.serve import ServedBase as ServedBase
+from raybooth.config.serve import ServedFull as ServedFull
 from raybooth.config.tracking import TrackingConfig as TrackingConfig
 from raybooth.config.train import CheckpointConfig as CheckpointConfig
 from raybooth.config.train import PackConfig as PackConfig

@@ -149,12 +149,30 @@ class ServedBase(Strict):
         return re.sub("[^a-z0-9]+", "-", self.base.rstrip("/").rpartition("/")[2].lower())
 
 
+class ServedFull(Strict):
+    """Replicas for full fine-tunes, which have weights of their own, loaded when asked for.
+
+    Precision, engine and defaults are those of the model's base, which must be served as well.
+    """
+
+    replicas: Replicas = 1
+    max_models: int = Field(1, ge=1)
+    """In the memory of a replica at once; the least recently used one leaves for another."""
+
+    num_cpus: float = Field(1, gt=0)
+    num_gpus: float | None = Field(None, ge=0)
+    """None: one GPU where the cluster has any, otherwise none."""
+
+
 class ServeConfig(Strict):
     """The endpoint; the files of configs/serve."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     bases: tuple[ServedBase, ...] = Field((ServedBase(),), min_length=1)
+    full: ServedFull | None = None
+    """None: full fine-tunes are refused."""
+
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
     safety: SafetyConfig = SafetyConfig()
