@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -53,12 +54,19 @@ class Catalog:
         self.on_deleted = on_deleted
         self.serves_full = serves_full
         self.recall = Recall(EngineMetrics() if metrics is None else metrics)
+        self._silence: OSError | None = None
         self._listings: dict[tuple[str, bool], _Listing] = {}
 
     def seen_by(self, subjects: Sequence[str]) -> Catalog:
         """This catalog to one who may see the globs `subjects`; others are not there."""
         view = copy(self)
         view.store = Store(self.store.root, subjects)
+        return view
+
+    def unheard(self) -> Catalog:
+        """This catalog while the store gives no answer: it is not asked."""
+        view = copy(self)
+        view._silence = TimeoutError(errno.ETIMEDOUT, "no answer in time")
         return view
 
     def resolve(self, model: str) -> AdapterRecord | None:
@@ -93,6 +101,8 @@ class Catalog:
         Raises StoreAwayError where the store is away.
         """
         plain = [ModelCard(id=base.name, created=0, owned_by="base") for base in self.bases]
+        if self._silence is not None:
+            raise self._away("the list of models", self._silence)
         if is_away(self.store.root) and not self.recall.has_read:
             return plain  # nothing was ever published
         try:
@@ -158,6 +168,8 @@ class Catalog:
 
     def _read(self, model: str) -> Record:
         """From the store; once more where a version goes between its name and its record."""
+        if self._silence is not None:
+            raise self._silence
         try:
             return self.store.fetch(model)
         except StoreError as error:

@@ -26,6 +26,7 @@ from raybooth_serving.caller import Caller
 from raybooth_serving.catalog import Catalog
 from raybooth_serving.directory import find_engine
 from raybooth_serving.errors import NoReplicaError, QueueFullError, ReplicaDiedError
+from raybooth_serving.lookup import Lookup
 from raybooth_serving.metrics import merge
 from raybooth_serving.prometheus import GatewayCounts
 from raybooth_serving.routes import make_app
@@ -49,7 +50,8 @@ class Gateway:
         root: str,
     ) -> None:
         self.config = parse_config(ServeConfig, config, "the gateway's config")
-        self.backend = Engines(engines, full, Store(Path(root) / "models"))
+        store, timeout_s = Store(Path(root) / "models"), self.config.limits.store_timeout_s
+        self.backend = Engines(engines, full, store, Lookup(timeout_s))
         host = _get_global_client().http_config.host  # where the proxies listen, not what we say
         self.keyring = open_keyring(self.config.auth, host, Path(root))
 
@@ -60,10 +62,13 @@ class Gateway:
 class Engines:
     """The engine deployments as one backend of the routes."""
 
-    def __init__(self, engines: Sequence[Handle], full: Handle | None, store: Store) -> None:
+    def __init__(
+        self, engines: Sequence[Handle], full: Handle | None, store: Store, lookup: Lookup
+    ) -> None:
         self.engines = tuple(engines)
         self.full = full
         self.store = store
+        self.lookup = lookup
         self.counts = GatewayCounts()
         self._catalog: Catalog | None = None
         self._forgetting: set[asyncio.Task[None]] = set()
@@ -108,8 +113,7 @@ class Engines:
     async def models(self, with_versions: bool, caller: Caller) -> ModelList:
         """All models of all bases that the caller may see."""
         catalog = (await self._known()).seen_by(caller.subjects)
-        cards = await asyncio.to_thread(catalog.cards, with_versions=with_versions)
-        return ModelList(data=cards)
+        return ModelList(data=await self.lookup.cards(catalog, with_versions))
 
     async def metrics(self) -> dict[str, float]:
         """Counters of all replicas of all bases, as one."""
@@ -139,7 +143,7 @@ class Engines:
         since = time.monotonic()
         catalog = (await self._known()).seen_by(caller.subjects)
         try:
-            found = await asyncio.to_thread(find_engine, catalog, request)
+            found = await self.lookup.ask(catalog, lambda it: find_engine(it, request))
         finally:
             self.counts.tell_away(catalog.recall.metrics.store_away_requests)
         if not found.is_full:

@@ -34,6 +34,7 @@ from raybooth_serving.drawing import Drawing
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
 from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
+from raybooth_serving.lookup import Lookup
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
 from raybooth_serving.parts import resolve_parts
 from raybooth_serving.policy import check_prompt, load_policy
@@ -63,6 +64,7 @@ class Service:
         self.name = self.known.name
         self.engine = Engine(base, store, served.engine)
         self.catalog = Catalog(store, [self.known], self.engine.forget, metrics=self.engine.metrics)
+        self.lookup = Lookup(config.limits.store_timeout_s)
         self.fingerprint = fingerprint_engine(base, served.engine)
         self.door = Door()
         safety = config.safety
@@ -106,8 +108,7 @@ class Service:
     async def models(self, with_versions: bool, caller: Caller) -> ModelList:
         """What `caller` can ask for now."""
         catalog = self.catalog.seen_by(caller.subjects)
-        cards = await asyncio.to_thread(catalog.cards, with_versions=with_versions)
-        return ModelList(data=cards)
+        return ModelList(data=await self.lookup.cards(catalog, with_versions))
 
     async def metrics(self) -> dict[str, float]:
         """The engine's counters."""
@@ -120,7 +121,7 @@ class Service:
     async def _resolve(self, request: ImagesRequest, caller: Caller) -> Drawing:
         check_limits(request, self.config.limits)
         catalog = self.catalog.seen_by(caller.subjects)
-        parts = await asyncio.to_thread(resolve_parts, catalog, request)
+        parts = await self.lookup.ask(catalog, lambda it: resolve_parts(it, request))
         samples = tuple(self._samples(request, parts))
         if self.policy is not None:
             subjects = [part.record.subject_id for part in parts]

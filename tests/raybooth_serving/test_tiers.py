@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from raybooth.config import EngineConfig, ServeConfig, ServedBase
+from raybooth.config import EngineConfig, LimitsConfig, ServeConfig, ServedBase
 from raybooth.errors import NotPublishedError, StoreError
 from raybooth.model.base import Base
-from raybooth.store import AdapterRecord, Store
+from raybooth.store import RECORD, AdapterRecord, Store
 from raybooth_serving.api import ImagesRequest
 from raybooth_serving.caller import Caller
+from raybooth_serving.catalog import Catalog
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import StoreAwayError
+from raybooth_serving.lookup import NUM_THREADS
 from raybooth_serving.orders import Order, Part
 from raybooth_serving.service import Service
 from tests.raybooth_serving.published import weights_of
@@ -26,9 +29,16 @@ SERVED = ServedBase(
 )
 
 
-def run(base: Base, store: Store, act: Callable[[Service], Awaitable[None]]) -> None:
+def run(
+    base: Base,
+    store: Store,
+    act: Callable[[Service], Awaitable[None]],
+    limits: LimitsConfig | None = None,
+) -> None:
+    config = ServeConfig(bases=(SERVED,), limits=limits or LimitsConfig())
+
     async def inside() -> None:
-        service = Service(base, store, ServeConfig(bases=(SERVED,)), SERVED)
+        service = Service(base, store, config, SERVED)
         try:
             await act(service)
         finally:
@@ -95,6 +105,56 @@ def test_residents_go_on_while_the_store_is_away(base: Base, store: Store) -> No
         assert await draw(service, "vase-d")
 
     run(base, store, act)
+
+
+def test_a_store_that_hangs_holds_up_nobody_for_long(base: Base, store: Store) -> None:
+    """A pipe in the place of a record: who opens it waits until somebody writes."""
+
+    async def act(service: Service) -> None:
+        before = [await draw(service, model) for model in ("dog-a", "dog-b")]
+        record = store.folder("dog-a") / RECORD
+        text = record.read_text("utf-8")
+        record.unlink()
+        os.mkfifo(record)
+        try:
+            both = await asyncio.gather(draw(service, "dog-a"), draw(service, "dog-b"))
+            assert both == before
+            with pytest.raises(StoreAwayError, match="found no answer in time"):
+                await draw(service, "dog-a@latest")
+            assert service.lookup.num_held == 2
+        finally:
+            os.close(os.open(record, os.O_RDWR))  # they read an empty file
+            record.unlink()
+            record.write_text(text, "utf-8")
+        async with asyncio.timeout(20):
+            while service.lookup.num_held:
+                await asyncio.sleep(0.01)
+        assert await draw(service, "dog-a@latest") == before[0]
+
+    run(base, store, act, LimitsConfig(store_timeout_s=0.3))
+
+
+def test_once_all_threads_are_held_nobody_waits(base: Base, store: Store) -> None:
+    async def act(service: Service) -> None:
+        lookup, may_answer = service.lookup, threading.Event()
+        await draw(service, "dog-a")
+
+        def ask(catalog: Catalog) -> bool:
+            return catalog is service.catalog and may_answer.wait(20)
+
+        try:
+            silent = [lookup.ask(service.catalog, ask) for _ in range(NUM_THREADS)]
+            assert not any(await asyncio.gather(*silent))
+            assert lookup.num_held == NUM_THREADS
+            lookup.timeout_s = 1000
+            async with asyncio.timeout(20):
+                assert await draw(service, "dog-a")
+                with pytest.raises(StoreAwayError):
+                    await service.models(False, Caller())
+        finally:
+            may_answer.set()
+
+    run(base, store, act, LimitsConfig(store_timeout_s=0.2))
 
 
 def test_a_deleted_subject_leaves_nothing_behind(base: Base, store: Store) -> None:

@@ -75,6 +75,8 @@ class LimitsConfig(Strict):
     """HTTP requests in progress at one gateway."""
 
     timeout_s: float = Field(600.0, gt=0)
+    store_timeout_s: float = Field(5.0, gt=0)
+    """Seconds to wait for the store to say what a name means; a silent one counts as away."""
     """A request that says no time of its own, or a longer one, gets this."""
 
     max_kept_answers: int = Field(256, ge=0)
