@@ -129,6 +129,7 @@ def test_a_killed_worker_resumes_and_a_lost_pack_fails_alone(
     assert (jobs["rex"].state, jobs["rex"].train_step) == ("published", STEPS)
     assert (jobs["doom"].state, jobs["doom"].error) == ("failed", report.failed["doom"])
     assert {job.lease_owner for job in jobs.values()} == {None}
+    assert Store(folders.store).previewed() == []
 
     # the prior of both dogs was made once
     priors = [e for e in view.events if isinstance(e, PriorEvent)]
@@ -167,6 +168,7 @@ def test_a_stop_leaves_checkpoints_and_the_same_command_resumes(
     (job,) = (j for j in Queue(folders.store.parent / "fleet.db").jobs() if j.subject_id == "doom")
     assert (job.state, job.lease_owner) == ("queued", None)
     assert list((folders.checkpoints / job.job_id).glob("step-*.json"))
+    assert Store(folders.store).previewed() == ["doom"]
 
     view = Watcher()
     report = train(fleet, folders, view)
@@ -179,6 +181,7 @@ def test_a_stop_leaves_checkpoints_and_the_same_command_resumes(
     apart = undisturbed(fleet, folders, "doom", tmp_path / "apart")
     assert same(weights(folders, "doom"), weights(apart, "doom"))
     assert not any(folders.checkpoints.iterdir())
+    assert Store(folders.store).previewed() == []
 
 
 def test_a_prior_that_cannot_be_made_fails_those_who_need_it(
