@@ -87,6 +87,9 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         message = f"the body is not JSON: {first['ctx']['error']}"
         return _response(400, message, None, "invalid_json")
+    if isinstance(first.get("input"), bytes):
+        message = "the body is not sent as JSON; set content-type: application/json"
+        return _response(400, message, None, "invalid_json")
     param = ".".join(names) or None
     if first["type"] == "extra_forbidden":
         message = f"{param} is not a known parameter; remove it or check its spelling"

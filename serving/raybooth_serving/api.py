@@ -7,9 +7,10 @@ value only; our own (guidance_scale, solver, ...) travel in the client's `extra_
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raybooth.config import LimitsConfig, Solver
 from raybooth.errors import RequestError
@@ -24,6 +25,13 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "moderation": ("auto",),
 }
 """OpenAI's keys that change nothing here, and the values that ask for nothing."""
+
+
+_SIZE = "([1-9][0-9]{0,4})x([1-9][0-9]{0,4})"
+
+
+def _only(name: str) -> dict[str, Any]:
+    return {"enum": [*NO_EFFECT[name], None]}
 
 
 class AdapterChoice(BaseModel):
@@ -50,7 +58,7 @@ class ImagesRequest(BaseModel):
 
     prompt: str = Field(min_length=1)
     n: int = Field(1, ge=1)
-    size: str = "auto"
+    size: str = Field("auto", json_schema_extra={"pattern": f"^(auto|{_SIZE})$"})
     """`WIDTHxHEIGHT` in pixels, or `auto` for the base's native size."""
 
     response_format: Literal["b64_json", "url"] = "b64_json"
@@ -60,10 +68,10 @@ class ImagesRequest(BaseModel):
     safety_identifier: str | None = None
     """Both accepted and not used."""
 
-    quality: str | None = None
-    style: str | None = None
-    background: str | None = None
-    moderation: str | None = None
+    quality: str | None = Field(None, json_schema_extra=_only("quality"))
+    style: str | None = Field(None, json_schema_extra=_only("style"))
+    background: str | None = Field(None, json_schema_extra=_only("background"))
+    moderation: str | None = Field(None, json_schema_extra=_only("moderation"))
 
     output_format: Literal["png", "webp", "jpeg"] = "png"
     output_compression: int = Field(100, ge=0, le=100)
@@ -92,6 +100,11 @@ class ImagesRequest(BaseModel):
         """Of all subjects asked for, in no order of the caller's; or the base's name."""
         names = [each.subject for each in self.adapters] or [self.model]
         return sorted({name.partition("@")[0] for name in names})
+
+    @field_validator("guidance_scale", "adapter_scale")
+    @classmethod
+    def _no_negative_zero(cls, value: float | None) -> float | None:
+        return None if value is None else value + 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -249,18 +262,27 @@ def check_limits(request: ImagesRequest, limits: LimitsConfig) -> None:
         if len(text) > limits.max_prompt_characters:
             do = f"use at most {limits.max_prompt_characters} characters"
             raise ParameterError(name, f"{name} is too long", f"{len(text)} characters", do)
-        if "\x00" in text:
-            raise ParameterError(name, f"{name} holds a NUL character", "", "remove it")
+        control = next((each for each in text if _is_control(each)), None)
+        if control is not None:
+            raise ParameterError(name, f"{name} holds a {_named(control)}", "", "remove it")
     if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
         do = f"seed + n - 1 may be at most {MAX_SEED}"
         raise ParameterError("seed", "seed is too large for n images", str(request.seed), do)
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\t\n\r"
+
+
+def _named(character: str) -> str:
+    return "NUL character" if character == "\x00" else f"control character {ord(character):#04x}"
 
 
 def parse_size(size: str, native: int) -> tuple[int, int]:
     """(width, height) of `WIDTHxHEIGHT` or `auto`; raises ParameterError."""
     if size == "auto":
         return native, native
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    match = re.fullmatch(_SIZE, size)
     if match is None:
         do = f"use WIDTHxHEIGHT such as {native}x{native}, or auto"
         raise ParameterError("size", "size is not understood", repr(size[:40]), do)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import StreamingResponse
@@ -17,13 +17,14 @@ from raybooth_serving.answers import describe
 from raybooth_serving.api import ImagesRequest, ImagesResponse, ParameterError
 from raybooth_serving.auth import Guest, guest_of
 from raybooth_serving.caller import Caller, patience_s
+from raybooth_serving.document import Responses, failures
 from raybooth_serving.idempotency import Answers, Sent
 from raybooth_serving.streams import DONE, StreamEvent, sse, sse_error
 
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy may hold events back."""
 
-STREAM: dict[int | str, dict[str, Any]] = {
+STREAM: Responses = {
     200: {
         "description": "The images; with `stream: true` server-sent events of them.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -33,7 +34,8 @@ STREAM: dict[int | str, dict[str, Any]] = {
                 "schema": {"type": "string"},
             }
         },
-    }
+    },
+    **failures(400, 404, 422, 504),
 }
 
 

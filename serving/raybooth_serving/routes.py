@@ -19,14 +19,11 @@ from raybooth_serving.answers import (
     on_raybooth_error,
     on_validation_error,
 )
-from raybooth_serving.api import (
-    ErrorResponse,
-    ModelCard,
-    ModelList,
-)
+from raybooth_serving.api import ModelCard, ModelList
 from raybooth_serving.auth import Gate, guest_of
-from raybooth_serving.body import BodyLimit
+from raybooth_serving.body import BodyLimit, JsonRoute
 from raybooth_serving.caller import Caller
+from raybooth_serving.document import document, failures
 from raybooth_serving.generations import Draws, add_generations
 from raybooth_serving.keys import Keyring
 
@@ -50,16 +47,13 @@ def make_app(
     auth: AuthConfig | None = None,
 ) -> FastAPI:
     """The FastAPI application over `backend`, behind the gate (see auth.py)."""
-    failures: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in ("4XX", "5XX")
-    }
     app = FastAPI(
         title="RayBooth",
         version=__version__,
         docs_url=None,
         redoc_url=None,
         dependencies=None if keyring is None else [Security(HTTPBearer(auto_error=False))],
-        responses=failures,
+        openapi_url=None,
         exception_handlers={
             RayBoothError: on_raybooth_error,
             RequestValidationError: on_validation_error,
@@ -67,16 +61,17 @@ def make_app(
             Exception: on_any_error,
         },
     )
+    app.router.route_class = JsonRoute
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Gate, keyring=keyring, config=auth or AuthConfig())  # last is outermost
 
     add_generations(app, backend, limits)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=failures(400))
     async def models(request: Request, versions: bool = False) -> ModelList:
         return await backend.models(versions, guest_of(request).caller())
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", responses=failures(404))
     async def model(model: str, request: Request) -> ModelCard:
         listed = await backend.models(True, guest_of(request).caller())
         for card in listed.data:
@@ -84,7 +79,7 @@ def make_app(
                 return card
         raise NotPublishedError(f"no model {model!r} is served here", "", "see GET /v1/models")
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=failures())
     async def healthz() -> dict[str, str]:
         try:
             await backend.check_health()
@@ -93,8 +88,12 @@ def make_app(
             raise ServingError("this endpoint is not well", "", "its log says why") from error
         return {"status": "ok"}
 
-    @app.get("/metrics.json")
+    @app.get("/metrics.json", responses=failures())
     async def metrics() -> dict[str, float]:
         return await backend.metrics()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return document(app)
 
     return app
