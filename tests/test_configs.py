@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from raybooth.config import (
     find_config,
     load_config,
     load_yaml,
+    parse_config,
 )
 from raybooth.errors import ConfigError, InputProblems
 
@@ -102,3 +104,18 @@ def test_readme_has_a_row_for_each_folder() -> None:
     text = (CONFIGS / "README.md").read_text()
     for kind, parser in CLASSES.items():
         assert f"| `{kind}/` | `{parser.__name__}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"bases": [{"base": "a/tiny"}, {"base": "b/Tiny/"}]}, "two bases are called 'tiny'"),
+        ({"bases": [{"replicas": {"min": 3, "max": 2}}]}, "min is 3 and max 2"),
+        ({"bases": [{"replicas": 0}]}, "greater than or equal to 1"),
+        ({"bases": []}, "at least 1 item"),
+        ({"full": {"max_models": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputProblems, match=told):
+        parse_config(ServeConfig, values, "test")

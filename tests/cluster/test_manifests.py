@@ -315,7 +315,11 @@ def test_service_arguments_are_a_serve_config() -> None:
     arguments = application["args"]
     config = parse_config(ServeConfig, arguments, "args")
     limits = rules.container(_workers_of(_cluster_spec(BY_KIND["RayService"])))["resources"]
-    for served in config.bases:
+    pools = [*config.bases, *([config.full] if config.full else [])]
+    most = [p.replicas if isinstance(p.replicas, int) else p.replicas.max for p in pools]
+    groups = _cluster_spec(BY_KIND["RayService"])["workerGroupSpecs"]
+    assert sum(most) <= sum(group["maxReplicas"] for group in groups)
+    for served in pools:
         assert served.num_gpus is not None
         assert 0 < served.num_gpus <= int(limits["limits"][rules.GPU])
         assert served.num_cpus <= int(limits["limits"]["cpu"])

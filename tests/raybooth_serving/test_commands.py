@@ -38,6 +38,7 @@ def test_a_free_port_is_found_and_a_used_one_refused() -> None:
         (["--port", "70000"], "port"),
         (["--config", "no-such-config"], "no serve config is called"),
         (["--base", "/no/such/folder"], "no base is called"),
+        (["--config", "sd15-sdxl-h100", "--base", "pocket"], "--base names one base"),
         (["--host", "no.such.host.invalid"], "cannot listen at"),
         (["--host", "0.0.0.0", "--port", "0"], "raybooth keys create"),
     ],
