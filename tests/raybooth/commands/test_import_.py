@@ -22,6 +22,7 @@ from raybooth.model.base import Base, load_base
 from raybooth.model.lora import LoraPair
 from raybooth.store import AdapterRecord, Store
 from raybooth_serving.api import ImagesRequest
+from raybooth_serving.caller import Caller
 from raybooth_serving.service import Service
 
 PROMPT = "a photo of sks dog"
@@ -44,7 +45,7 @@ def served(base: Base, store: Store, model: str) -> np.ndarray:
         served = ServedBase(engine=EngineConfig(num_slots=2))
         service = Service(base, store, ServeConfig(bases=(served,)), served)
         request = ImagesRequest(model=model, prompt=PROMPT, seed=4, num_inference_steps=3)
-        answer = await service.generate(request)
+        answer = await service.generate(request, Caller())
         await service.engine.close()
         return base64.b64decode(answer.data[0].b64_json or "")
 
