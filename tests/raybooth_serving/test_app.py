@@ -230,6 +230,44 @@ def test_a_client_that_leaves_frees_its_rows(endpoint: Endpoint) -> None:
     assert pixels(endpoint.client, "dog-b")
 
 
+def test_a_stream_whose_reader_leaves_frees_its_rows(endpoint: Endpoint) -> None:
+    def events(steps: int) -> Any:
+        return endpoint.client.images.generate(
+            model="dog-a",
+            prompt=PROMPT,
+            n=2,
+            stream=True,
+            partial_images=1,
+            extra_body={"num_inference_steps": steps},
+        )
+
+    whole = sorted(event.type.rpartition(".")[2] for event in events(4))
+    assert whole == ["completed"] * 2 + ["partial_image"] * 2
+    before = Client(endpoint.url).metrics()
+    with events(400) as left:
+        assert next(left).type == "image_generation.partial_image"
+    deadline = time.monotonic() + 30
+    while Client(endpoint.url).metrics()["images_cancelled"] < before["images_cancelled"] + 2:
+        assert time.monotonic() < deadline, "the rows of a reader that left are still denoised"
+    assert Client(endpoint.url).metrics()["images_finished"] == before["images_finished"]
+
+
+def test_a_request_with_a_key_goes_on_without_its_client(endpoint: Endpoint) -> None:
+    before = Client(endpoint.url).metrics()
+    body = {"model": "dog-b", "prompt": PROMPT, "num_inference_steps": 300}
+    headers = {"content-type": "application/json", "idempotency-key": "one"}
+    url = f"{endpoint.url}/v1/images/generations"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(request, timeout=0.5)
+    with urllib.request.urlopen(request) as response:
+        assert response.headers["idempotent-replayed"] == "true"
+        assert len(json.load(response)["data"]) == 1
+    after = Client(endpoint.url).metrics()
+    assert after["images_accepted"] == before["images_accepted"] + 1
+    assert after["images_cancelled"] == before["images_cancelled"]
+
+
 def test_a_serve_config_may_name_one_of_ours(endpoint: Endpoint, tmp_path: Path) -> None:
     from raybooth_serving.app import build
 
