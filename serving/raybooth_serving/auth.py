@@ -32,6 +32,7 @@ from raybooth_serving.rates import Rates
 
 OPEN_PATH = "/healthz"
 MAX_HEADER_BYTES = 16 * 1024
+READ_TIMEOUT_S = 1.0
 _DO = "send one of this endpoint's keys as `Authorization: Bearer rb_...`"
 
 
@@ -81,6 +82,7 @@ class Gate:
         self.config = config
         self._rates = Rates()
         self._num_running: Counter[str] = Counter()
+        self._reading: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer 401, 413 or 429 without reading its body."""
@@ -123,7 +125,8 @@ class Gate:
         if len(given) != 1:
             raise AuthError("this needs an API key", f"{len(given)} in the request", _DO)
         scheme, _, secret = given[0].partition(b" ")
-        key = await asyncio.to_thread(self.keyring.find, secret.strip())
+        await self._refresh(self.keyring)
+        key = self.keyring.find(secret.strip())
         if key is None or scheme.lower() != b"bearer":
             raise AuthError("this API key is not known here", "", _DO)
         if key.is_expired(datetime.now(UTC)):
@@ -132,6 +135,12 @@ class Gate:
             found = f"{self.config.max_requests_per_key} in progress"
             raise RateError("this API key has too many requests", found, "let one end", 1)
         return key
+
+    async def _refresh(self, keyring: Keyring) -> None:
+        """Read the keys anew; a volume that does not answer holds one thread, and nobody long."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(asyncio.to_thread(keyring.refresh))
+        await asyncio.wait({self._reading}, timeout=READ_TIMEOUT_S)
 
 
 def guest_of(request: Request) -> Guest:

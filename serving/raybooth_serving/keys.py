@@ -92,20 +92,22 @@ class Keyring:
         self._known = known
         return known[1]
 
-    def find(self, secret: bytes) -> KeyRecord | None:
-        """The key of `secret`; those read last still count while the file cannot be read.
+    def refresh(self) -> None:
+        """Read the keys that `find` knows; those read last go on where the file cannot be read.
 
         So a volume that is away for a minute stops nobody, and no revocation is missed: revoking
         writes this same file.
         """
         try:
-            keys = self.read()
+            self.read()
         except StoreError as error:
             logger.error("the API keys read last go on: %s", error)
-            keys = self._known[1]
+
+    def find(self, secret: bytes) -> KeyRecord | None:
+        """The key of `secret`, of those read last."""
         digest = hash_secret(secret)
         match: KeyRecord | None = None
-        for key in keys:
+        for key in self._known[1]:
             if hmac.compare_digest(key.sha256, digest):
                 match = key
         return match

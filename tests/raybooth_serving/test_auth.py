@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -259,6 +260,27 @@ def test_a_revoked_key_ends_at_once(booth: Guarded) -> None:
     assert booth.draw(secret).status_code == 200
     booth.ring.revoke("studio")
     assert booth.draw(secret).status_code == 401
+
+
+def test_a_volume_that_does_not_answer_stops_no_key(
+    booth: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raybooth_serving.auth.READ_TIMEOUT_S", 0.05)
+    _, good = booth.ring.create("good", subjects=["*"])
+    assert booth.ask("GET", "/v1/models", good).status_code == 200
+    path = booth.ring.path
+    path.rename(path.with_name("aside"))
+    os.mkfifo(path)  # who reads it waits for a writer
+    try:
+        for _ in range(3):
+            assert booth.ask("GET", "/v1/models", good).status_code == 200
+            assert booth.ask("GET", "/v1/models", f"{good}x").status_code == 401
+    finally:
+        os.close(os.open(path, os.O_WRONLY))
+        path.with_name("aside").replace(path)
+    booth.ring.revoke("good")
+    statuses = [booth.ask("GET", "/v1/models", good).status_code for _ in range(50)]
+    assert statuses[-1] == 401
 
 
 def test_secrets_are_in_no_log_and_no_answer(
