@@ -95,12 +95,6 @@ class ImagesRequest(BaseModel):
     """Every denoise step in the smallest bucket that holds the image alone: the same request is the
     same bytes on the same hardware and versions, whatever else the endpoint does."""
 
-    @property
-    def subject_ids(self) -> list[str]:
-        """Of all subjects asked for, in no order of the caller's; or the base's name."""
-        names = [each.subject for each in self.adapters] or [self.model]
-        return sorted({name.partition("@")[0] for name in names})
-
     @field_validator("guidance_scale", "adapter_scale")
     @classmethod
     def _no_negative_zero(cls, value: float | None) -> float | None:
