@@ -98,7 +98,13 @@ class Decoder:
             if not torch.isfinite(latents_CHW).all():
                 do = "lower guidance_scale or adapter_scale; if it stays, train the subject again"
                 raise ServingError("the image came out as no numbers", "NaN or infinity", do)
-            return Image.fromarray(decode_latents(self.base, latents_CHW[None])[0].numpy())
+            try:
+                pixels_HWC = decode_latents(self.base, latents_CHW[None])[0]
+            except torch.OutOfMemoryError as error:
+                height, width = latents_CHW.shape[1:]
+                what, found = "the picture does not fit the memory", f"{height}x{width} latents"
+                raise ServingError(what, found, "ask for a smaller one") from error
+            return Image.fromarray(pixels_HWC.numpy())
 
 
 def _side_stream(device: torch.device) -> Any:

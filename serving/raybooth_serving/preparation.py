@@ -77,9 +77,9 @@ class Preparation:
         return await loop.run_in_executor(executor, lambda: self._ready(order, in_slots))
 
     def close(self) -> None:
-        """Wait for what is being prepared."""
+        """Wait for what is being prepared, but for no store that hangs."""
         self._near.shutdown()
-        self._far.shutdown()
+        self._far.shutdown(wait=False, cancel_futures=True)
 
     def _ready(self, order: Order, in_slots: Container[str]) -> Ready:
         adapter = self.loader.load(order.parts) if order.parts else None

@@ -84,6 +84,26 @@ def test_where_memory_runs_out_steps_get_narrower(base: Base, store: Store) -> N
         assert max(bucket for bucket, _ in image[0].finished.buckets) <= 4
 
 
+def test_a_picture_that_does_not_fit_the_memory_fails_alone(base: Base, store: Store) -> None:
+    small = SampleRequest("a dog", num_inference_steps=2)
+
+    def limited(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0][:, 0].numel() > 64:
+            raise torch.OutOfMemoryError("the device is full")
+
+    async def act(engine: Engine) -> list[list[GeneratedImage] | BaseException]:
+        jobs = (small, replace(small, height=64, width=64))
+        calls = [engine.generate(order(None, job)) for job in jobs]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    hook = base.vae.get_submodule("decoder").register_forward_pre_hook(limited)
+    drawn, failed = run(base, store, config(), act)
+    hook.remove()
+    assert isinstance(drawn, list)
+    assert isinstance(failed, ServingError)
+    assert "16x16 latents" in str(failed)
+
+
 @pytest.mark.parametrize("error", [ServingError("no room for the picture"), KeyError("a bug")])
 def test_an_encoding_that_fails_fails_its_own_order_alone(
     base: Base, store: Store, error: Exception
