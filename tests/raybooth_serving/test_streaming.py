@@ -18,6 +18,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
 from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig, ServedBase
+from raybooth.errors import ServingError
 from raybooth.model.base import Base
 from raybooth.model.lora import LoraPair
 from raybooth.store import Store
@@ -187,6 +188,18 @@ def test_what_fails_later_is_an_error_event(client: OpenAI, url: str) -> None:
     assert told[:2] == [": step 1/2", ": step 2/2"]
     assert told[2] == "event: error"
     assert told[4] == "data: [DONE]"
+
+
+def test_the_small_client_streams(url: str) -> None:
+    client = Client(url)
+    *previews, image = client.stream("dog-a", PROMPT, partial_images=2, seed=4, deterministic=True)
+    assert [event["partial_image_index"] for event in previews] == [0, 1]
+    (plain,) = client.generate("dog-a", PROMPT, seed=4, deterministic=True)
+    assert base64.b64decode(image["b64_json"]) == plain
+    with pytest.raises(ServingError, match="came out as no numbers"):
+        list(client.stream("endless", PROMPT))
+    with pytest.raises(ServingError, match=r"404.*did you mean dog-a"):
+        list(client.stream("dgo-a", PROMPT))
 
 
 def test_a_reader_that_leaves_frees_its_rows(client: OpenAI, url: str) -> None:
