@@ -20,6 +20,7 @@ from raybooth_serving.caller import Caller
 from raybooth_serving.catalog import KnownBase
 from raybooth_serving.errors import NoReplicaError, QueueFullError, ReplicaDiedError
 from raybooth_serving.gateway import Engines
+from raybooth_serving.lookup import Lookup
 
 REQUEST = ImagesRequest(model="tiny", prompt="a dog")
 DONE = CompletedEvent.model_construct(image_index=0)
@@ -77,13 +78,18 @@ class Handle:
         return outcome
 
 
+def engines_over(handle: Handle, tmp_path: Path) -> Any:
+    engines: Any = Engines
+    return engines([handle], None, Store(tmp_path / "models"), Lookup(5.0))
+
+
 def generate(handle: Handle, tmp_path: Path, caller: Caller | None = None) -> Any:
-    engines: Any = Engines([handle], None, Store(tmp_path / "models"))
+    engines = engines_over(handle, tmp_path)
     return asyncio.run(engines.generate(REQUEST, caller or Caller()))
 
 
 def stream(handle: Handle, tmp_path: Path) -> list[Any]:
-    engines: Any = Engines([handle], None, Store(tmp_path / "models"))
+    engines = engines_over(handle, tmp_path)
     told: list[Any] = []
 
     async def read() -> None:
@@ -146,7 +152,7 @@ def test_a_stream_with_a_picture_ends_in_an_error(tmp_path: Path) -> None:
 
 def test_a_reader_that_leaves_cancels_the_stream(tmp_path: Path) -> None:
     events = Events([DONE, DONE])
-    engines: Any = Engines([Handle(events)], None, Store(tmp_path / "models"))
+    engines = engines_over(Handle(events), tmp_path)
 
     async def read_one() -> None:
         reading = engines.stream(REQUEST, Caller())
@@ -159,7 +165,7 @@ def test_a_reader_that_leaves_cancels_the_stream(tmp_path: Path) -> None:
 
 def test_engines_are_asked_once_what_they_serve(tmp_path: Path) -> None:
     handle = Handle("one", "two")
-    engines: Any = Engines([handle], None, Store(tmp_path / "models"))
+    engines = engines_over(handle, tmp_path)
 
     async def ask() -> list[str]:
         started = time.monotonic()
