@@ -22,7 +22,7 @@ def test_the_commands_that_scripts_rely_on_are_there() -> None:
     found = commands(build_parser())
     assert set(found) == {
         *("check", "train", "models", "generate", "prior", "pocket", "serve"),
-        *("export", "import", "evaluate", "bench", "extract"),
+        *("export", "import", "evaluate", "bench", "extract", "keys", "replay"),
     }
     assert {"ls", "build", "gc"} <= set(commands(found["prior"]))
     assert {"draw", "pretrain", "path", "report"} <= set(commands(found["pocket"]))
@@ -41,6 +41,7 @@ def test_the_commands_that_scripts_rely_on_are_there() -> None:
         ["extract", "rex@2", "--rank", "16", "--targets", "all", "--as", "rex-lora", "--json"],
         ["models", "promote", "rex@2", "canary"],
         ["models", "rollback", "rex"],
+        ["replay", "rex.png", "-o", "again.png", "--base", "pocket", "--json"],
         ["serve", "--host", "127.0.0.1", "--port", "8000", "--base", "pocket"],
         [
             *("generate", "rex@2", "a photo of sks dog", "--seed", "1", "--steps", "5"),
