@@ -81,8 +81,7 @@ class BoundedLoadRouter(ConsistentHashRouter):  # type: ignore[misc]  # Ray has 
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Ray's hook: the call has ended, however."""
-        if self._in_flight.get(internal_request_id, (None,))[0] == replica_id:
-            del self._in_flight[internal_request_id]
+        self._in_flight.pop(internal_request_id, None)
 
 
 def _num_images(request: PendingRequest) -> int:

@@ -126,6 +126,18 @@ def test_metrics_are_those_of_all_replicas(endpoint: Endpoint) -> None:
     assert after["first_steps"] == after["images_joined"]
 
 
+def test_a_killed_replica_costs_no_image(endpoint: Endpoint) -> None:
+    """The request that it worked on is made again by the other, with the same bytes."""
+    alone = pixels(endpoint.client, "fox", num_inference_steps=40)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pixels, endpoint.client, "fox", num_inference_steps=300)
+        busy = busiest_replica("engine-two")
+        asked_too = pixels(endpoint.client, "fox", num_inference_steps=40)
+        os.kill(busy, signal.SIGKILL)
+        assert Image.frombytes("RGB", (32, 32), asked.result(timeout=120))
+    assert asked_too == alone == pixels(endpoint.client, "fox", num_inference_steps=40)
+
+
 def test_answers_carry_a_request_id_and_the_size(endpoint: Endpoint) -> None:
     answer = endpoint.client.images.generate(model="dog-a", prompt=PROMPT, n=3)
     assert answer._request_id
@@ -143,6 +155,19 @@ def test_published_while_serving(endpoint: Endpoint, base: Base) -> None:
     assert pixels(endpoint.client, "newcomer") != first
     assert pixels(endpoint.client, "newcomer@1") == first
     assert "newcomer" in [model.id for model in endpoint.client.models.list()]
+
+
+def test_a_deleted_subject_leaves_every_memory(endpoint: Endpoint, base: Base) -> None:
+    publish(endpoint.store, base, "passing", 32)
+    assert pixels(endpoint.client, "passing")
+    held = Client(endpoint.url).metrics()["host_adapters"]
+    endpoint.store.delete("passing")
+    with pytest.raises(openai.NotFoundError):
+        pixels(endpoint.client, "passing")
+    deadline = time.monotonic() + 30
+    while Client(endpoint.url).metrics()["host_adapters"] >= held:
+        assert time.monotonic() < deadline, "a replica still holds a deleted subject"
+        time.sleep(0.1)
 
 
 def test_several_subjects_in_one_image(endpoint: Endpoint) -> None:
@@ -284,18 +309,6 @@ def test_the_small_client(endpoint: Endpoint) -> None:
         client.generate("dgo-a", PROMPT)
     with pytest.raises(ServingError, match="does not answer"):
         Client(f"http://127.0.0.1:{free_port('127.0.0.1', 0)}").models()
-
-
-def test_a_killed_replica_costs_no_image(endpoint: Endpoint) -> None:
-    """The request that it worked on is made again by the other, with the same bytes."""
-    alone = pixels(endpoint.client, "fox", num_inference_steps=40)
-    with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(pixels, endpoint.client, "fox", num_inference_steps=300)
-        busy = busiest_replica("engine-two")
-        asked_too = pixels(endpoint.client, "fox", num_inference_steps=40)
-        os.kill(busy, signal.SIGKILL)
-        assert Image.frombytes("RGB", (32, 32), asked.result(timeout=120))
-    assert asked_too == alone == pixels(endpoint.client, "fox", num_inference_steps=40)
 
 
 def test_what_runs_when_the_endpoint_goes_is_finished(endpoint: Endpoint) -> None:
