@@ -151,6 +151,8 @@ class Drawing:
             width=sample.width,
             height=sample.height,
             adapter_scale=sample.adapter_scale,
+            zero_terminal_snr=sample.zero_terminal_snr
+            or any(part.record.zero_terminal_snr for part in self.parts),
             adapters=tuple(map(_used, self.parts)),
             base=self.used,
             buckets=finished.buckets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.metadata import version
 
 import torch
@@ -10,6 +11,7 @@ from raybooth import __version__
 from raybooth.config import EngineConfig, Precision
 from raybooth.model.base import Base
 from raybooth.model.generation import GENERATOR_VERSION
+from raybooth.store import FullRecord
 from raybooth_serving.receipt import EngineFingerprint
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -17,6 +19,12 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+def fingerprint_full(base_fingerprint: str, record: FullRecord) -> str:
+    """Of a base whose parts a full fine-tune has replaced."""
+    digests = "".join(f"\0{name} {file.sha256}" for name, file in sorted(record.files.items()))
+    return hashlib.sha256(f"{base_fingerprint}{digests}".encode()).hexdigest()
 
 
 def fingerprint_engine(base: Base, config: EngineConfig) -> EngineFingerprint:

@@ -79,6 +79,7 @@ class Receipt(_Frozen):
     width: int
     height: int
     adapter_scale: float
+    zero_terminal_snr: bool
     adapters: tuple[UsedAdapter, ...]
     base: UsedBase
     buckets: tuple[tuple[int, int], ...]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 from PIL import Image
 from pydantic import BaseModel
 
 from raybooth.config import EngineConfig
 from raybooth.errors import BaseModelError, InputError, StoreError
-from raybooth.model.base import Base
-from raybooth.model.sampler import (
-    SampleRequest,
-    denoise_step,
-    row_image,
-    start_row,
-)
-from raybooth.store import AdapterRecord, Store
+from raybooth.model.base import Base, load_base
+from raybooth.model.published import take_on
+from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
+from raybooth.store import AdapterRecord, FullRecord, Store
 from raybooth_serving.drawing import hash_pixels
 from raybooth_serving.engine import Engine
+from raybooth_serving.fingerprint import DTYPES, fingerprint_full
 from raybooth_serving.orders import Part
 from raybooth_serving.pictures import encode, open_picture
 from raybooth_serving.receipt import EngineFingerprint, Receipt, UsedAdapter, hash_prompts
@@ -46,6 +46,26 @@ class ReplayReport(BaseModel):
             f"{name} was {then}, is {now}" for name, (then, now) in self.engine_differences.items()
         ]
         return f"{text}: {'; '.join(parts) or 'though the engine has the same fingerprint'}"
+
+
+def load_base_of(receipt: Receipt, store: Store, source: str | None) -> Base:
+    """The base of `receipt` (from `source` if given), with the weights of its full fine-tune.
+
+    Raises BaseModelError when there is none, NotPublishedError for a fine-tune that is gone.
+    """
+    record = store.fetch(receipt.base.name) if "@" in receipt.base.name else None
+    full = record if isinstance(record, FullRecord) else None
+    origin = receipt.base if full is None else full.base
+    base = load_base(
+        source or origin.name,
+        revision=None if source else origin.revision,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=DTYPES[receipt.engine.dtype],
+    )
+    if full is None:
+        return base
+    take_on(base, full, store.folder(full.reference))
+    return replace(base, fingerprint=fingerprint_full(base.fingerprint, full))
 
 
 def redraw(base: Base, store: Store, receipt: Receipt) -> Image.Image:
@@ -82,7 +102,7 @@ def redraw(base: Base, store: Store, receipt: Receipt) -> Image.Image:
             height=receipt.height,
             slot=0 if adapter is None else 1,
             adapter_scale=receipt.adapter_scale * scale,
-            zero_terminal_snr=any(part.record.zero_terminal_snr for part in parts),
+            zero_terminal_snr=receipt.zero_terminal_snr,
         )
         cond, uncond = (
             engine.prompts.encode(prompt, adapter, request.adapter_scale)

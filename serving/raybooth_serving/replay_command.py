@@ -27,22 +27,15 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     receipt = read_receipt(arguments.source)
 
-    import torch
-
     from raybooth.config import EngineConfig
     from raybooth.home import store_folder
-    from raybooth.model.base import load_base
     from raybooth.store import Store
-    from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
-    from raybooth_serving.replay import compare, redraw
+    from raybooth_serving.fingerprint import fingerprint_engine
+    from raybooth_serving.replay import compare, load_base_of, redraw
 
-    base = load_base(
-        arguments.base or receipt.base.name,
-        revision=None if arguments.base else receipt.base.revision,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=DTYPES[receipt.engine.dtype],
-    )
-    image = redraw(base, Store(store_folder()), receipt)
+    store = Store(store_folder())
+    base = load_base_of(receipt, store, arguments.base)
+    image = redraw(base, store, receipt)
     engine = EngineConfig(max_rank=receipt.engine.rank, targets=receipt.engine.targets)
     content = arguments.source.read_bytes()
     picture = None if content.lstrip()[:1] == b"{" else content

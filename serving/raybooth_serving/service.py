@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -33,7 +32,7 @@ from raybooth_serving.door import Door
 from raybooth_serving.drawing import Drawing
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
-from raybooth_serving.fingerprint import DTYPES, fingerprint_engine
+from raybooth_serving.fingerprint import DTYPES, fingerprint_engine, fingerprint_full
 from raybooth_serving.lookup import Lookup
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
 from raybooth_serving.parts import resolve_parts
@@ -227,9 +226,7 @@ def _known(base: Base, full: FullRecord | None) -> KnownBase:
     """What requests call it, and which weights it has."""
     if full is None:
         return KnownBase(base_name(base), base.fingerprint)
-    digests = "".join(f"\0{name} {file.sha256}" for name, file in sorted(full.files.items()))
-    fingerprint = hashlib.sha256(f"{base.fingerprint}{digests}".encode()).hexdigest()
-    return KnownBase(full.reference, fingerprint)
+    return KnownBase(full.reference, fingerprint_full(base.fingerprint, full))
 
 
 def base_name(base: Base) -> str:

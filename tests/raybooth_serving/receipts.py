@@ -28,6 +28,7 @@ def a_receipt(**changes: Any) -> Receipt:
         "width": 32,
         "height": 24,
         "adapter_scale": -0.5,
+        "zero_terminal_snr": True,
         "adapters": (UsedAdapter(reference="dog-a@1", sha256={"w": "f" * 64}, scale=1.0),),
         "base": UsedBase(name="tiny", fingerprint="e" * 64),
         "buckets": ((4, 2), (1, 1)),

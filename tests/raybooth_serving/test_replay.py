@@ -19,12 +19,13 @@ from raybooth.store import Store
 from raybooth_serving.api import ImageData, ImagesRequest
 from raybooth_serving.caller import Caller
 from raybooth_serving.fingerprint import fingerprint_engine
+from raybooth_serving.full import load_full_service
 from raybooth_serving.pictures import open_picture, read_receipt
 from raybooth_serving.receipt import Receipt
 from raybooth_serving.replay import compare, redraw
 from raybooth_serving.service import Service
 from tests.raybooth_serving.conftest import SUBJECTS
-from tests.raybooth_serving.published import publish
+from tests.raybooth_serving.published import publish, publish_full
 
 SERVED = ServedBase(engine=EngineConfig(num_slots=3, max_rank=4, row_buckets=(1, 2, 4, 8, 16)))
 PROMPT = "a photo of sks dog on the beach"
@@ -201,3 +202,29 @@ def test_the_command(
     assert main(["replay", str(receipt), *base]) == 1
     assert "another image: though the engine" in capsys.readouterr().out
     assert main(["replay", str(tmp_path / "none.png")]) == 2
+
+
+def test_a_full_fine_tune_replays_too(
+    store: Store,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RAYBOOTH_HOME", str(store.root.parent))
+    publish_full(store, tiny_folder, "fox", 5)
+    config = ServeConfig(bases=(SERVED,))
+    served = SERVED.model_copy(update={"base": str(tiny_folder)})
+
+    async def run() -> ImageData:
+        service = load_full_service(config, served, store, "fox@1")
+        request = ask(model="fox@1", num_inference_steps=3)
+        (image,) = (await service.generate(request, Caller())).data
+        await service.engine.close()
+        return image
+
+    image = asyncio.run(run())
+    assert image.receipt.base.name == "fox@1"
+    (tmp_path / "fox.png").write_bytes(file_of(image))
+    assert main(["replay", str(tmp_path / "fox.png"), "--base", str(tiny_folder)]) == 0
+    assert capsys.readouterr().out == "the same image, bit for bit\n"
