@@ -49,6 +49,14 @@ class Server:
                     sizes[part] += pages * os.sysconf("SC_PAGE_SIZE")
         return sizes
 
+    def engine_s(self) -> float:
+        """CPU seconds that the engine replicas have computed."""
+        seconds = 0.0
+        for pid in self.replicas():
+            times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            seconds += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        return seconds
+
     def replicas(self) -> set[int]:
         """Process ids of the engine replicas: another one means that one has died."""
         found = set()
