@@ -29,7 +29,7 @@ CONFIG = ServeConfig(
     limits=LimitsConfig(max_images=1, max_inference_steps=2, max_prompt_characters=100),
 )
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     database=None,
