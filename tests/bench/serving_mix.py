@@ -190,6 +190,7 @@ def _reports(cells: Cells, notes: list[str], command: str) -> list[TableReport]:
         "the same for every system.",
         "Seconds are CPU seconds of the process (tests/bench/arrivals.py): other work on the "
         "machine does not count, our engine's decode and encode threads do.",
+        "A p99 of fewer than 100 requests is the slowest of them; `--rounds` makes more.",
         "Ratios are to swapping at the same subjects; a p99 ratio below 1 is a shorter wait.",
         *notes,
     ]
