@@ -24,6 +24,7 @@ from raybooth_serving.errors import (
     KeyReusedError,
     NoReplicaError,
     QueueFullError,
+    ReplicaDiedError,
     TooLargeError,
 )
 
@@ -68,7 +69,7 @@ def answer(error: RayBoothError) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if status in (500, 504):
+    if status in (500, 504) or isinstance(error, ReplicaDiedError):
         headers["x-should-retry"] = "false"  # the work would be done, and fail, three times
     return JSONResponse(describe(error).model_dump(), status, headers)
 

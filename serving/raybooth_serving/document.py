@@ -18,7 +18,7 @@ SHOULD_RETRY = {"description": "`false`: the work was begun.", "schema": {"type"
 HEADERS = {
     429: {"Retry-After": RETRY_AFTER},
     500: {"x-should-retry": SHOULD_RETRY},
-    503: {"Retry-After": RETRY_AFTER},
+    503: {"Retry-After": RETRY_AFTER, "x-should-retry": SHOULD_RETRY},
     504: {"x-should-retry": SHOULD_RETRY},
 }
 

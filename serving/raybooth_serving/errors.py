@@ -33,12 +33,6 @@ class ReplicaDiedError(NoReplicaError):
     code = "replica_died"
 
 
-class DrainingError(NoReplicaError):
-    """This replica finishes what it has and takes nothing more."""
-
-    code = "draining"
-
-
 class DeadlineError(ServingError):
     """A request took longer than the endpoint allows."""
 

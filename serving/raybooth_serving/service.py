@@ -28,7 +28,6 @@ from raybooth_serving.api import (
 )
 from raybooth_serving.caller import Caller
 from raybooth_serving.catalog import Catalog, KnownBase
-from raybooth_serving.door import Door
 from raybooth_serving.drawing import Drawing
 from raybooth_serving.engine import Engine
 from raybooth_serving.errors import DeadlineError
@@ -65,7 +64,6 @@ class Service:
         self.catalog = Catalog(store, [self.known], self.engine.forget, metrics=self.engine.metrics)
         self.lookup = Lookup(config.limits.store_timeout_s)
         self.fingerprint = fingerprint_engine(base, served.engine)
-        self.door = Door()
         safety = config.safety
         self.policy = None if safety.policy is None else load_policy(safety.policy)
         self.checker = None if safety.checker is None else SafetyChecker(safety, base.device)
@@ -77,9 +75,8 @@ class Service:
 
     async def generate(self, request: ImagesRequest, caller: Caller) -> ImagesResponse:
         """The images of `request`, or the error that says why not."""
-        with self.door.inside():
-            drawing = await self._resolve(request, caller)
-            images = await self._draw(drawing, caller)
+        drawing = await self._resolve(request, caller)
+        images = await self._draw(drawing, caller)
         return ImagesResponse(
             created=int(time.time()),
             data=[drawing.data(image) for image in images],
@@ -93,16 +90,11 @@ class Service:
         self, request: ImagesRequest, caller: Caller
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of `request`, each image's completed one as soon as it is done."""
-        with self.door.inside():
-            drawing = await self._resolve(request, caller)
-            events = Events()
-            async with aclosing(events.during(self._draw(drawing, caller, events))) as stream:
-                async for event in stream:
-                    yield event
-
-    async def drain(self) -> None:
-        """Refuse what comes (DrainingError: 503) and wait until what is here is done."""
-        await self.door.close()
+        drawing = await self._resolve(request, caller)
+        events = Events()
+        async with aclosing(events.during(self._draw(drawing, caller, events))) as stream:
+            async for event in stream:
+                yield event
 
     async def models(self, with_versions: bool, caller: Caller) -> ModelList:
         """What `caller` can ask for now."""

@@ -118,6 +118,7 @@ def test_a_second_death_is_told(tmp_path: Path) -> None:
     response = answer(error.value)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
+    assert response.headers["x-should-retry"] == "false", "a third time would be no better"
 
 
 @pytest.mark.parametrize(
