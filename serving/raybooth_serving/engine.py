@@ -42,7 +42,6 @@ from raybooth_serving.scheduler import (
     Lane,
     RunningImage,
     StepPlan,
-    choose_bucket,
     count_step,
     keep_places,
     plan_joins,
@@ -98,6 +97,7 @@ class Engine:
         """Keys of the images of the last step, in the places of their rows."""
 
         self._wake = asyncio.Event()
+        self._step_ended = time.perf_counter()
         self._loop: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._tick = ThreadPoolExecutor(1, "denoise")
@@ -187,10 +187,11 @@ class Engine:
             self._refuse(num_images, f"{waiting_s:.0f} s of denoise steps")
         if order.deadline is not None and work:
             left_s, after_s = order.deadline - time.monotonic(), self._decoder.seconds
-            needed_s = expected_s(work, self._backlog(), self.profile)
+            is_crowded = any(image.lane == work[0].lane for image in self._waiting.values())
+            needed_s = expected_s(work, self._backlog(), self.profile, is_crowded=is_crowded)
             if needed_s is not None and needed_s + after_s > left_s:
                 found = f"about {needed_s + after_s:.1f} s, {left_s:.1f} s left"
-                alone_s = expected_s(work, (), self.profile)
+                alone_s = expected_s(work, (), self.profile, is_crowded=False)
                 if alone_s is not None and alone_s + after_s <= left_s:
                     self._refuse(num_images, found)
                 self.metrics.images_refused += num_images
@@ -264,6 +265,7 @@ class Engine:
             else:
                 self.slots.check_integrity()
                 await self._wake.wait()
+                self._step_ended = time.perf_counter()
 
     async def _advance(self) -> None:
         """Let images join, then do one denoise step of one lane."""
@@ -283,7 +285,12 @@ class Engine:
             return
         self.profile.record(step.bucket, step.lane.pixels, seconds)
         self._turns = count_step(self._turns, running, step.lane, seconds)
-        self.metrics.record_step(self._report(step, images, seconds))
+        report = self._report(step, images, seconds)
+        self.metrics.record_step(report)
+        began, self._step_ended = self._step_ended, time.perf_counter()
+        if self._waiting:
+            row_s = (self._step_ended - began) / report.num_rows
+            self.profile.record_pace(step.lane.pixels, row_s)
         for image in images:
             image.stepped(step.bucket)
             if image.row.index == 1:
@@ -299,19 +306,12 @@ class Engine:
     def _drop_ended(self) -> None:
         """Images whose caller is gone, that have failed, or that cannot be ready in time."""
         for image in [*self._waiting.values(), *self._running.values()]:
-            if not image.done.done() and self._is_late(image):
+            if not image.done.done() and image.is_late(self.profile):
                 self._fail(image, _too_late())
             if image.done.done():
                 self.metrics.images_cancelled += image.done.cancelled()
                 if self._waiting.pop(image.key, None) is None:
                     self._leave(image.key)
-
-    def _is_late(self, image: Flight) -> bool:
-        if image.order.deadline is None:
-            return False
-        bucket = image.lane.bucket or choose_bucket(image.row.num_rows, self.config.row_buckets)
-        step_s = self.profile.seconds(bucket, image.lane.pixels) or 0.0
-        return time.monotonic() + image.num_steps_left * step_s > image.order.deadline
 
     def _join(self, join: Join) -> Flight:
         image = self._waiting.pop(join.key)

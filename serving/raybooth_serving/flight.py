@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from raybooth.model.sampler import Row
 from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Progress
 from raybooth_serving.preparation import Ready
-from raybooth_serving.scheduler import Lane, RunningImage, WaitingImage
+from raybooth_serving.scheduler import Lane, RunningImage, WaitingImage, choose_bucket
+from raybooth_serving.step_profile import StepProfile
 
 
 @dataclass(eq=False, slots=True)
@@ -66,6 +67,14 @@ class Flight:
         return RunningImage(
             self.key, self.lane, self.adapter_name, self.num_steps_left, tenant, row.num_rows
         )
+
+    def is_late(self, profile: StepProfile) -> bool:
+        """Whether it cannot meet its deadline any more, even alone in the narrowest bucket."""
+        if self.order.deadline is None:
+            return False
+        bucket = self.order.bucket or choose_bucket(self.row.num_rows, profile.buckets)
+        step_s = profile.seconds(bucket, self.lane.pixels) or 0.0
+        return time.monotonic() + self.num_steps_left * step_s > self.order.deadline
 
     def partial_index(self) -> int | None:
         """Which partial image is due after the denoise steps that are done, if any."""

@@ -35,10 +35,12 @@ def backlog_s(work: Sequence[Work], profile: StepProfile) -> float | None:
     return seconds
 
 
-def expected_s(order: Sequence[Work], others: Sequence[Work], profile: StepProfile) -> float | None:
+def expected_s(
+    order: Sequence[Work], others: Sequence[Work], profile: StepProfile, *, is_crowded: bool
+) -> float | None:
     """Seconds until the last image of `order` is denoised, `others` being in the engine already.
 
-    All images of an order have one tenant and one lane.
+    All images of an order have one tenant and one lane; `is_crowded` where others wait in it.
     """
     lane, tenant = order[0].lane, order[0].tenant
     limit = lane.bucket or profile.row_limit(lane.pixels)
@@ -53,7 +55,7 @@ def expected_s(order: Sequence[Work], others: Sequence[Work], profile: StepProfi
     steps_s = step_s * max(work.num_steps for work in order)
     num_others = len({work.lane for work in others} - {lane})
     alone_s = steps_s + min(num_others * steps_s, beside_s)
-    if rows <= limit:
+    if rows <= limit and not is_crowded:
         return alone_s
     num_tenants = len({work.tenant for work in (*order, *others)})
     return max(alone_s, min(all_s, num_tenants * mine_s))

@@ -25,6 +25,9 @@ NUM_SAMPLES = 5
 ENOUGH_SAMPLES = 3
 """To judge by."""
 
+PACE_STEPS = 10
+"""Over which a pace is remembered."""
+
 PROBE_EVERY = 256
 LEAST_ROWS = 2
 """An image with guidance must always fit."""
@@ -38,6 +41,7 @@ class StepProfile:
         self.max_step_s = max_step_s
         self._samples: dict[tuple[int, int], deque[float]] = {}
         self._steps = Counter[int]()
+        self._pace: dict[int, float] = {}
         self._too_large: float = float("inf")
 
     def record(self, bucket: int, pixels: int, seconds: float) -> None:
@@ -48,6 +52,14 @@ class StepProfile:
             self._samples[bucket, pixels] = deque(maxlen=NUM_SAMPLES)
         else:
             samples.append(seconds)
+
+    def record_pace(self, pixels: int, row_seconds: float) -> None:
+        """What a row of a step took while others waited, with all that is between two steps.
+
+        Where there are fewer slots than subjects, steps have fewer rows than they could.
+        """
+        pace = self._pace.get(pixels, row_seconds)
+        self._pace[pixels] = pace + (row_seconds - pace) / PACE_STEPS
 
     def run_out(self, bucket: int, pixels: int) -> None:
         """A step did not fit the device's memory; none of as many pixels is tried again."""
@@ -73,7 +85,9 @@ class StepProfile:
         return limit
 
     def row_seconds(self, pixels: int) -> float | None:
-        """Of one row in one step, in the widest bucket of this size."""
+        """Of one row in one step: its pace of late, or that of the widest bucket of this size."""
+        if pixels in self._pace:
+            return self._pace[pixels]
         limit = self._paying(pixels)
         seconds = self.seconds(limit, pixels)
         return None if seconds is None else seconds / limit

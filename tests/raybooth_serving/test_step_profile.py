@@ -99,3 +99,13 @@ def test_what_does_not_pay_costs_few_probes() -> None:
         wide += limit > 2
         profile.record(limit, PIXELS, 0.01 * limit)
     assert wide <= 4 * ENOUGH_SAMPLES
+
+
+def test_the_pace_is_what_rows_took_of_late() -> None:
+    profile = _measured(lambda bucket: 0.01)
+    assert profile.row_seconds(PIXELS) == pytest.approx(0.01 / 32)
+    profile.record_pace(PIXELS, 0.2)
+    assert profile.row_seconds(PIXELS) == 0.2
+    for _ in range(60):
+        profile.record_pace(PIXELS, 0.1)
+    assert profile.row_seconds(PIXELS) == pytest.approx(0.1, rel=0.01)
