@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python -m tests.end_to_end.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

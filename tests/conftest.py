@@ -23,18 +23,23 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is; everything that starts Ray runs last, in one process.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes (`pytest -n 2`) one takes all files that start Ray, others file by file."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Of several processes (`pytest -n 2 --dist loadgroup`) one begins with them: they take longest.
-    """
+    class RayTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path: str = nodeid.partition("::")[0]
+            return "ray" if "mark.ray" in (ROOT / path).read_text() else path
+
+    return RayTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests run where a GPU is; everything that starts Ray runs last, or first beside others."""
     is_shared = "PYTEST_XDIST_WORKER" in os.environ
     items.sort(key=lambda item: (item.get_closest_marker("ray") is None) == is_shared)
-    if is_shared:
-        for item in items:
-            if item.get_closest_marker("ray"):
-                item.add_marker(pytest.mark.xdist_group("ray"))
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
