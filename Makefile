@@ -28,7 +28,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo
 
 # torch comes first, at the tested version, so that nothing later pulls another one in. Where the
 # package index has no CPU build under that version, this brings the CUDA build: larger, as good.

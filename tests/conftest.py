@@ -25,7 +25,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes (`pytest -n 2`) one takes all files that start Ray, others file by file."""
+    """Of several processes (`pytest -n 2`) one takes all files that start Ray, whole."""
     from xdist.scheduler import LoadScopeScheduling
 
     class RayTogether(LoadScopeScheduling):
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is; everything that starts Ray runs last, or first beside others."""
+    """GPU tests run where a GPU is; everything that starts Ray runs last, or beside the rest."""
     is_shared = "PYTEST_XDIST_WORKER" in os.environ
     items.sort(key=lambda item: (item.get_closest_marker("ray") is None) == is_shared)
     if any(item.get_closest_marker("gpu") for item in items):

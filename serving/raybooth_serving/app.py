@@ -44,13 +44,13 @@ from raybooth.config import (
 )
 from raybooth.errors import ClusterError, ServingError
 from raybooth.home import home
-from raybooth_serving.gateway import Gateway
-from raybooth_serving.replicas import EngineReplica, FullReplica
+from raybooth_serving.scale.gateway import Gateway
+from raybooth_serving.scale.replicas import EngineReplica, FullReplica
 
 APPLICATION = "raybooth"
 IMPORT_PATH = "raybooth_serving.app:build"
-ROUTER = "raybooth_serving.router.BoundedLoadRouter"
-POLICY = "raybooth_serving.scaling.BacklogPolicy"
+ROUTER = "raybooth_serving.scale.router.BoundedLoadRouter"
+POLICY = "raybooth_serving.scale.scaling.BacklogPolicy"
 LOOK_BACK_S = 15.0
 """Replicas tell their backlog every 10 s at most; this is what it is averaged over."""
 

@@ -18,7 +18,19 @@ from raybooth.config.adapter import countable
 from raybooth.model.base import Base, cut_tokens, load_base
 from raybooth.model.sampler import SampleRequest, guides
 from raybooth.store import FullRecord, Store
-from raybooth_serving.api import (
+from raybooth_serving.access.policy import check_prompt, load_policy
+from raybooth_serving.access.safety import SafetyChecker
+from raybooth_serving.engine.loop import Engine
+from raybooth_serving.engine.orders import Event, Finished, GeneratedImage, Order, Part
+from raybooth_serving.engine.scheduler import choose_bucket
+from raybooth_serving.errors import DeadlineError
+from raybooth_serving.names.catalog import Catalog, KnownBase
+from raybooth_serving.names.lookup import Lookup
+from raybooth_serving.names.parts import resolve_parts
+from raybooth_serving.pictures.drawing import Drawing
+from raybooth_serving.pictures.fingerprint import DTYPES, fingerprint_engine, fingerprint_full
+from raybooth_serving.pictures.receipt import UsedBase
+from raybooth_serving.wire.api import (
     ImagesRequest,
     ImagesResponse,
     ModelList,
@@ -26,20 +38,8 @@ from raybooth_serving.api import (
     check_limits,
     parse_size,
 )
-from raybooth_serving.caller import Caller
-from raybooth_serving.catalog import Catalog, KnownBase
-from raybooth_serving.drawing import Drawing
-from raybooth_serving.engine import Engine
-from raybooth_serving.errors import DeadlineError
-from raybooth_serving.fingerprint import DTYPES, fingerprint_engine, fingerprint_full
-from raybooth_serving.lookup import Lookup
-from raybooth_serving.orders import Event, Finished, GeneratedImage, Order, Part
-from raybooth_serving.parts import resolve_parts
-from raybooth_serving.policy import check_prompt, load_policy
-from raybooth_serving.receipt import UsedBase
-from raybooth_serving.safety import SafetyChecker
-from raybooth_serving.scheduler import choose_bucket
-from raybooth_serving.streams import Events, StreamEvent
+from raybooth_serving.wire.caller import Caller
+from raybooth_serving.wire.streams import Events, StreamEvent
 
 
 class Service:

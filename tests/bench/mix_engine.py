@@ -15,8 +15,8 @@ from raybooth.model.base import Base
 from raybooth.model.lora import AdapterTensors
 from raybooth.model.sampler import SampleRequest
 from raybooth.store import Store
-from raybooth_serving.engine import Engine
-from raybooth_serving.orders import Event, Order, Part
+from raybooth_serving.engine.loop import Engine
+from raybooth_serving.engine.orders import Event, Order, Part
 from tests.bench.arrivals import Arrival, CpuClock, Ran, Served
 from tests.bench.mix_peers import GUIDANCE, PROMPT, STEPS
 from tests.raybooth_serving.published import publish
@@ -39,7 +39,7 @@ class Endpoint:
             for index, adapter in enumerate(adapters)
         ]
         self._cpu = patch(
-            "raybooth_serving.timing.time", SimpleNamespace(perf_counter=time.thread_time)
+            "raybooth_serving.engine.timing.time", SimpleNamespace(perf_counter=time.thread_time)
         )
         self._cpu.start()
         self.runner = asyncio.Runner()

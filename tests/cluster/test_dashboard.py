@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raybooth_serving.metrics import EngineMetrics
-from raybooth_serving.prometheus import AGAIN, AWAY, COUNTERS, DURATION, GAUGES, STEP_COUNTERS
+from raybooth_serving.scale.prometheus import AGAIN, AWAY, COUNTERS, DURATION, GAUGES, STEP_COUNTERS
 
 ROOT = Path(__file__).parents[2]
 BOARD: dict[str, Any] = json.loads((ROOT / "cluster" / "grafana-dashboard.json").read_text())

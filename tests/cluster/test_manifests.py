@@ -17,8 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from raybooth import __version__
 from raybooth.config import FleetConfig, ServeConfig, TrainConfig, find_config, parse_config
 from raybooth.errors import ConfigError
-from raybooth_serving.auth import open_keyring
-from raybooth_serving.keys import Keyring
+from raybooth_serving.access.auth import open_keyring
+from raybooth_serving.access.keys import Keyring
 from tests.cluster import rules
 from tests.cluster.schema import Json, mistakes
 

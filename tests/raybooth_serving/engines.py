@@ -16,8 +16,8 @@ from raybooth.model.base import Base
 from raybooth.model.lora import find_sites, load_adapter
 from raybooth.model.sampler import SampleRequest, denoise_step, row_image, start_row
 from raybooth.store import AdapterRecord, Store
-from raybooth_serving.engine import Engine
-from raybooth_serving.orders import GeneratedImage, Order, Part
+from raybooth_serving.engine.loop import Engine
+from raybooth_serving.engine.orders import GeneratedImage, Order, Part
 from tests.raybooth_serving.published import weights_of
 
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from raybooth_serving.commands import free_port
+from raybooth_serving.commands.serve import free_port
 from raybooth_serving.service import Service
 
 

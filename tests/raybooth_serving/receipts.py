@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raybooth_serving.receipt import (
+from raybooth_serving.pictures.receipt import (
     EngineFingerprint,
     Receipt,
     UsedAdapter,

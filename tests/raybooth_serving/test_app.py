@@ -33,7 +33,7 @@ from raybooth.errors import InputProblems, ServingError
 from raybooth.model.base import Base, load_base
 from raybooth.store import Store
 from raybooth_serving.client import Client
-from raybooth_serving.commands import free_port
+from raybooth_serving.commands.serve import free_port
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.published import publish, publish_full
 from tests.tiny import write_tiny_base

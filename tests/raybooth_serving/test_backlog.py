@@ -11,7 +11,7 @@ import pytest
 from raybooth.model.base import Base
 from raybooth.model.sampler import SampleRequest
 from raybooth.store import Store
-from raybooth_serving.engine import Engine
+from raybooth_serving.engine.loop import Engine
 from raybooth_serving.errors import DeadlineError, QueueFullError
 from tests.raybooth_serving.engines import config, order, run
 

@@ -15,8 +15,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from raybooth.config import EngineConfig, LimitsConfig, SamplingDefaults, ServeConfig, ServedBase
 from raybooth.model.base import Base
 from raybooth.store import Store
-from raybooth_serving.routes import make_app
 from raybooth_serving.service import Service
+from raybooth_serving.wire.routes import make_app
 from tests.raybooth_serving.listening import listening
 from tests.raybooth_serving.published import publish
 

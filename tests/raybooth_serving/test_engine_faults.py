@@ -15,10 +15,10 @@ from raybooth.errors import ServingError
 from raybooth.model.base import Base
 from raybooth.model.sampler import SampleRequest
 from raybooth.store import Store
-from raybooth_serving.engine import Engine
+from raybooth_serving.engine.loader import HostAdapter, adapter_name
+from raybooth_serving.engine.loop import Engine
+from raybooth_serving.engine.orders import Finished, GeneratedImage
 from raybooth_serving.errors import DeadlineError
-from raybooth_serving.loader import HostAdapter, adapter_name
-from raybooth_serving.orders import Finished, GeneratedImage
 from tests.raybooth_serving.conftest import SUBJECTS
 from tests.raybooth_serving.engines import alone, config, order, run
 

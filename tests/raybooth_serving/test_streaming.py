@@ -23,8 +23,8 @@ from raybooth.model.base import Base
 from raybooth.model.lora import LoraPair
 from raybooth.store import Store
 from raybooth_serving.client import Client
-from raybooth_serving.routes import make_app
 from raybooth_serving.service import Service
+from raybooth_serving.wire.routes import make_app
 from tests.raybooth_serving.listening import listening
 from tests.raybooth_serving.published import publish, random_adapter, weights_of
 

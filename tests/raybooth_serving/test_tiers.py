@@ -14,14 +14,14 @@ from raybooth.config import EngineConfig, LimitsConfig, ServeConfig, ServedBase
 from raybooth.errors import NotPublishedError, StoreError
 from raybooth.model.base import Base
 from raybooth.store import RECORD, AdapterRecord, Store
-from raybooth_serving.api import ImagesRequest
-from raybooth_serving.caller import Caller
-from raybooth_serving.catalog import Catalog
-from raybooth_serving.engine import Engine
+from raybooth_serving.engine.loop import Engine
+from raybooth_serving.engine.orders import Order, Part
 from raybooth_serving.errors import StoreAwayError
-from raybooth_serving.lookup import NUM_THREADS
-from raybooth_serving.orders import Order, Part
+from raybooth_serving.names.catalog import Catalog
+from raybooth_serving.names.lookup import NUM_THREADS
 from raybooth_serving.service import Service
+from raybooth_serving.wire.api import ImagesRequest
+from raybooth_serving.wire.caller import Caller
 from tests.raybooth_serving.published import weights_of
 
 SERVED = ServedBase(

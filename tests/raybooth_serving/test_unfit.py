@@ -20,9 +20,9 @@ from raybooth.config import EngineConfig, SafetyConfig, SamplingDefaults, ServeC
 from raybooth.errors import ConfigError
 from raybooth.model.base import Base
 from raybooth.store import Store
-from raybooth_serving.keys import Keyring
-from raybooth_serving.routes import make_app
+from raybooth_serving.access.keys import Keyring
 from raybooth_serving.service import Service
+from raybooth_serving.wire.routes import make_app
 from tests.raybooth_serving.checker import write_tiny_checker
 
 ROUTE = "/v1/images/generations"

@@ -20,9 +20,9 @@ from raybooth.model.lora import save_adapter
 from raybooth.model.published import take_on
 from raybooth.model.sampler import SampleRequest, generate
 from raybooth.store import WEIGHTS, Store
-from raybooth_serving.api import ImagesRequest, ImagesResponse
-from raybooth_serving.caller import Caller
 from raybooth_serving.service import Service
+from raybooth_serving.wire.api import ImagesRequest, ImagesResponse
+from raybooth_serving.wire.caller import Caller
 from tests.raybooth.model.test_extract import moved
 from tests.raybooth.test_extract import publish_full
 from tests.raybooth_serving.published import publish, random_adapter

@@ -26,7 +26,7 @@ class SafetyConfig(Strict):
     """What is looked at before a prompt is queued and before a picture is sent."""
 
     policy: str | None = None
-    """`package.module:callable`, asked before anything is queued; see raybooth_serving.policy."""
+    """`package.module:callable`, asked of each prompt (raybooth_serving.access.policy)."""
 
     checker: str | None = None
     """diffusers' StableDiffusionSafetyChecker: a folder, or a Hub id as org/name@commit."""

@@ -18,9 +18,9 @@ from raybooth.config import EngineConfig, ServeConfig, ServedBase
 from raybooth.home import store_folder
 from raybooth.model.base import Base, load_base
 from raybooth.store import Store
-from raybooth_serving.api import ImagesRequest
-from raybooth_serving.caller import Caller
 from raybooth_serving.service import Service
+from raybooth_serving.wire.api import ImagesRequest
+from raybooth_serving.wire.caller import Caller
 
 PROMPT = "a photo of sks dog"
 

@@ -23,7 +23,7 @@ from raybooth.fleet.survey import Survey
 from raybooth.fleet.task import Folders
 from raybooth.model.base import load_base
 from raybooth.store import SAMPLES, FullRecord, Store
-from raybooth_serving.catalog import Catalog, KnownBase
+from raybooth_serving.names.catalog import Catalog, KnownBase
 
 FULL: dict[str, Any] = {
     "method": "full",

@@ -1,0 +1,1 @@
+"""Mixed subjects, prompts, steps, solvers and guidance in one batch over one bank."""

@@ -1,0 +1,1 @@
+"""What leaves the endpoint: picture files, and receipts that make them again."""

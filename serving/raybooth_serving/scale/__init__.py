@@ -1,0 +1,1 @@
+"""Many replicas and several bases behind one gateway."""
