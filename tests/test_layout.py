@@ -39,6 +39,7 @@ PURE_MODULES = (
     "raybooth_serving.engine.scheduler",
     "raybooth_serving.engine.shares",
     "raybooth_serving.engine.step_profile",
+    "raybooth_serving.engine.admission",
     "raybooth_serving.engine.forecast",
     "raybooth_serving.scale.directory",
     "raybooth_serving.scale.scaling",

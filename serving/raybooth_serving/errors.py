@@ -77,3 +77,9 @@ class ContentPolicyError(RequestError):
 
 class UnfitImageError(ContentPolicyError):
     """An image that was made and is not sent."""
+
+
+def too_late() -> DeadlineError:
+    """Images that were not ready in time."""
+    do = "allow more time, or ask for fewer or smaller images"
+    return DeadlineError("the images took too long", "past their deadline", do)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,6 +28,7 @@ from raybooth.model.bank import Bank
 from raybooth.model.base import Base
 from raybooth.model.lora import find_sites
 from raybooth.store import Store
+from raybooth_serving.engine.admission import no_place
 from raybooth_serving.engine.decoding import Decoder
 from raybooth_serving.engine.flight import Flight
 from raybooth_serving.engine.forecast import Work, backlog_s, expected_s
@@ -49,7 +51,7 @@ from raybooth_serving.engine.shares import Shares
 from raybooth_serving.engine.slots import SlotTable
 from raybooth_serving.engine.step_profile import StepProfile
 from raybooth_serving.engine.timing import calibrate, timed_step
-from raybooth_serving.errors import DeadlineError, QueueFullError
+from raybooth_serving.errors import DeadlineError, QueueFullError, too_late
 from raybooth_serving.metrics import EngineMetrics, StepReport
 
 Result = TypeVar("Result")
@@ -124,7 +126,7 @@ class Engine:
             async with asyncio.timeout(left_s):
                 return await self._make(order, work, arrived)
         except TimeoutError as error:
-            raise _too_late() from error
+            raise too_late() from error
 
     @property
     def slots(self) -> SlotTable:
@@ -157,7 +159,7 @@ class Engine:
 
     def snapshot(self) -> dict[str, float]:
         """The counters now."""
-        self.metrics.images_waiting = self._num_waiting()
+        self.metrics.images_waiting = self._waiting_by_tenant().total()
         self.metrics.images_running = len(self._running)
         self.metrics.backlog_s = self.backlog_s()
         return self.metrics.snapshot()
@@ -179,9 +181,11 @@ class Engine:
     def _admit(self, order: Order, work: Sequence[Work]) -> None:
         num_images = len(work)
         beyond = max(0, len(self._running) - self.config.row_buckets[-1])
-        num_queued = self._num_waiting() + self._decoder.num_finishing + beyond
-        if num_queued + num_images > self.config.max_queued_images:
-            self._refuse(num_images, f"{num_queued} of {self.config.max_queued_images} images")
+        waiting = self._waiting_by_tenant()
+        num_queued = waiting.total() + self._decoder.num_finishing + beyond
+        capacity = self.config.max_queued_images
+        if found := no_place(num_images, order.tenant, waiting, num_queued, capacity):
+            self._refuse(num_images, found)
         waiting_s = self.backlog_s()
         if waiting_s > self.config.max_backlog_s:
             self._refuse(num_images, f"{waiting_s:.0f} s of denoise steps")
@@ -228,8 +232,9 @@ class Engine:
                 image.done.cancel()
             self._wake.set()
 
-    def _num_waiting(self) -> int:
-        return sum(map(len, self._preparing.values())) + len(self._waiting)
+    def _waiting_by_tenant(self) -> Counter[str]:
+        preparing = Counter(item.tenant for work in self._preparing.values() for item in work)
+        return preparing + Counter(image.order.tenant for image in self._waiting.values())
 
     def _backlog(self) -> list[Work]:
         flights = (*self._waiting.values(), *self._running.values())
@@ -307,7 +312,7 @@ class Engine:
         """Images whose caller is gone, that have failed, or that cannot be ready in time."""
         for image in [*self._waiting.values(), *self._running.values()]:
             if not image.done.done() and image.is_late(self.profile):
-                self._fail(image, _too_late())
+                self._fail(image, too_late())
             if image.done.done():
                 self.metrics.images_cancelled += image.done.cancelled()
                 if self._waiting.pop(image.key, None) is None:
@@ -393,8 +398,3 @@ class Engine:
             num_images=sum(1 / image.row.plan.num_steps for image in images),
             size="x".join(str(s * self.base.vae_scale_factor) for s in reversed(step.lane.size)),
         )
-
-
-def _too_late() -> DeadlineError:
-    do = "allow more time, or ask for fewer or smaller images"
-    return DeadlineError("the images took too long", "past their deadline", do)

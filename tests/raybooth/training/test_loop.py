@@ -89,11 +89,24 @@ def test_resumed_after_each_step_anew_is_uninterrupted_bit_for_bit(
     assert_same_bits(states(base, jobs, tmp_path / "halting"), whole, jobs)
 
 
+def test_resumed_among_other_neighbours_is_uninterrupted_bit_for_bit(
+    base: Base, tmp_path: Path
+) -> None:
+    """Another pack of the same shape: other subjects in it, other places."""
+    jobs = [make_job(name, seed) for seed, name in enumerate(("robot", "vase", "dog-1", "cat"))]
+    run(base, jobs, tmp_path / "whole")
+    run(base, jobs, tmp_path / "moved", stop_after=2)
+    moved = [jobs[3], jobs[0]]
+    run(base, [make_job("beads", 7), *moved, make_job("cup", 8)], tmp_path / "moved")
+    whole = states(base, jobs, tmp_path / "whole")
+    assert_same_bits(states(base, moved, tmp_path / "moved"), whole, moved)
+
+
 @pytest.mark.parametrize(("kind", "bound"), [("base64", 1e-10), ("base", 1e-4)])
 def test_resumed_in_another_pack_is_uninterrupted(
     kind: str, bound: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Split 2 + 2 after three steps, one with a newcomer of higher rank; fp32 sums differ."""
+    """Split 2 + 2 with a newcomer of higher rank: packs of other shapes, whose sums round anew."""
     base: Base = request.getfixturevalue(kind)
     jobs = four_jobs()
     run(base, jobs, tmp_path / "whole")
