@@ -115,6 +115,7 @@ class BankPart:
         if routing is None:
             self._stack = None
         elif torch.is_grad_enabled() and self._flat_SP.requires_grad:
+            self._copied = [None] * len(self._copied)  # fused and 8-bit updates leave no trace
             self._stack = self._stacked(routing.grouped())
         elif not any(routing.slots):
             self._stack = None
