@@ -49,7 +49,7 @@ def check_prompt(
         reason = policy(prompt, negative_prompt, tuple(subjects), key_name)
     except ContentPolicyError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a policy raises, the prompt is refused
         logger.exception("the prompt policy crashed; the request is refused")
         raise _unchecked() from error
     if reason is None:
